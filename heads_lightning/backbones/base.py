@@ -1,0 +1,46 @@
+"""What a backbone is: tokens in, hidden states out, with the attention that the batch asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from heads_lightning.batch import Attention, Batch
+
+
+class Cache(ABC):
+    """Keys, values or states of the positions read so far, for generation. Made by Backbone.new_cache, changed by Backbone.forward."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Positions held."""
+
+
+class Backbone(nn.Module, ABC):
+    """Interface of every backbone. Leaves implement the abstract methods; none overrides a working one."""
+
+    supports: ClassVar[frozenset[Attention]]
+    """Attention kinds that forward understands."""
+    d_model: int
+    """Width of the hidden states."""
+    embedding: nn.Embedding
+    """The token embedding [V, D]; a tied head shares its weight."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Hidden states [B, S, D] after the final norm. With a cache, `batch` holds only the new positions and causal attention is meant."""
+
+    @abstractmethod
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise every parameter and buffer in place: also after building on meta and to_empty."""
+
+    @abstractmethod
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache on the device and in the type of the parameters."""
+
+    def after_optimizer_step(self) -> None:
+        """Restore what an update breaks (nGPT: unit norms). Called by the trainer after each optimizer step."""

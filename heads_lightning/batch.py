@@ -1,0 +1,106 @@
+"""What flows between the parts: examples (numpy) become a batch (tensors).
+
+Shape legend of the whole project, used as suffixes of variable names:
+
+    B  rows of a (micro-)batch      S  positions of a sequence     T  positions of an encoder's sequence
+    D  width of the model           V  size of the vocabulary      N  positions that have a target (rows of the loss)
+    H  attention heads              K  key/value heads             E  width of one attention head
+    F  width of the feed-forward    L  layers                      R  raw tokens of a window, before the objective
+
+**Labels are already aligned.** `labels_BS[b, s]` is what position s of row b predicts; nothing downstream shifts them. -100 (`IGNORE`)
+means no target. A position attends only to positions of its own segment: packed documents do not see each other, and padding
+(segment -1) sees only padding, so that no row of an attention matrix is empty.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # the configuration path reads Attention and must not pay for numpy or torch
+    import numpy as np
+    import torch
+
+IGNORE = -100
+"""Label of a position without a target."""
+PADDING = -1
+"""Segment of a padded position."""
+
+
+class Attention(str, Enum):
+    """Which positions a position may see, inside its own segment."""
+
+    causal = "causal"
+    """Itself and everything before it."""
+    bidirectional = "bidirectional"
+    """Everything."""
+    prefix = "prefix"
+    """The whole prefix (`Batch.prefix_BS`), and causally the rest."""
+    encoder_decoder = "encoder_decoder"
+    """An encoder that sees its whole input; a causal decoder that also sees the encoder."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Examples(NamedTuple):
+    """A batch of training examples as numpy arrays: what an objective returns."""
+
+    tokens_BS: np.ndarray
+    """int64 [B, S]: the ids that the model reads."""
+    labels_BS: np.ndarray
+    """int64 [B, S]: the id that each position predicts, or IGNORE. Already aligned."""
+    segments_BS: np.ndarray | None = None
+    """int32 [B, S]: number of the packed piece that a position belongs to (0, 1, …); PADDING for padding. None: one segment a row."""
+    weights_BS: np.ndarray | None = None
+    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean is the count of targets either way."""
+    prefix_BS: np.ndarray | None = None
+    """bool [B, S]: positions of a bidirectional prefix (Attention.prefix only)."""
+    encoder_tokens_BT: np.ndarray | None = None
+    """int64 [B, T]: the encoder's input (Attention.encoder_decoder only)."""
+    encoder_segments_BT: np.ndarray | None = None
+    """int32 [B, T]: like segments_BS; a decoder position sees encoder positions of the same segment."""
+    part_BS: np.ndarray | None = None
+    """int8 [B, S]: which component of the loss a target is reported under (see Objective.parts). None: all 0."""
+
+
+class Batch(NamedTuple):
+    """A micro-batch on the device. Fields as in Examples, as tensors (ids and labels int64)."""
+
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    attention: Attention
+    num_targets: int
+    """Targets in this micro-batch, counted on the host: no loss has to synchronise with the device to know it."""
+    step_targets: int
+    """Targets in this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
+    segments_BS: torch.Tensor | None = None
+    weights_BS: torch.Tensor | None = None
+    prefix_BS: torch.Tensor | None = None
+    encoder_tokens_BT: torch.Tensor | None = None
+    encoder_segments_BT: torch.Tensor | None = None
+    part_BS: torch.Tensor | None = None
+
+    @classmethod
+    def from_examples(cls, examples: Examples, attention: Attention, *, step_targets: int | None = None) -> Batch:
+        """Wrap the arrays as tensors (no copy where numpy and torch agree on the type)."""
+        import numpy as np
+        import torch
+
+        num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE))
+        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in examples._asdict().items()}
+        return cls(
+            **tensors,  # pyright: ignore[reportArgumentType]
+            attention=attention,
+            num_targets=num_targets,
+            step_targets=num_targets if step_targets is None else step_targets,
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on `device`."""
+        import torch
+
+        moved = {
+            k: v.to(device, non_blocking=non_blocking) for k, v in self._asdict().items() if isinstance(v, torch.Tensor)
+        }
+        return self._replace(**moved)

@@ -1,0 +1,31 @@
+"""Every typed setting, one file per group. Nothing here imports torch: a config validates on a login node in milliseconds."""
+
+from heads_lightning.configs import (
+    backbone,
+    data,
+    evaluation,
+    experiment,
+    head,
+    objective,
+    optimizer,
+    schedule,
+    tokenizer,
+    tracking,
+    trainer,
+)
+from heads_lightning.configs.experiment import ExperimentConfig
+
+__all__ = [
+    "ExperimentConfig",
+    "backbone",
+    "data",
+    "evaluation",
+    "experiment",
+    "head",
+    "objective",
+    "optimizer",
+    "schedule",
+    "tokenizer",
+    "tracking",
+    "trainer",
+]

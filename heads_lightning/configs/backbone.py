@@ -1,0 +1,241 @@
+"""Backbones: what turns tokens into hidden states (`backbone=…`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from heads_lightning.batch import Attention
+from heads_lightning.configs.base import LayerNormConfig, NormType, Option
+from heads_lightning.registry import ConfigError, Registry
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class BackboneConfig(Option):
+    """Base of every backbone."""
+
+    group: ClassVar[str] = "backbone"
+    supports: ClassVar[frozenset[Attention]] = frozenset()
+    """Attention kinds that it can give; an objective that needs another is refused while composing."""
+
+    name: str = ""
+    d_model: int = 256
+    """Width of the hidden states."""
+
+    def attention_supported(self) -> frozenset[Attention]:
+        """Attention kinds of this very config (a field may narrow what the class supports)."""
+        return self.supports
+
+    def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
+        """The module (heads_lightning.backbones.base.Backbone)."""
+        raise NotImplementedError  # abstract
+
+    def num_params(self, vocab_size: int) -> int:
+        """Learned numbers, the embedding included."""
+        raise NotImplementedError  # abstract
+
+
+backbones: Registry[BackboneConfig] = Registry("backbone", BackboneConfig)
+
+
+class Position(str, Enum):
+    """How positions are told apart."""
+
+    rotary = "rotary"
+    """Rotary embedding of queries and keys (arXiv 2104.09864)."""
+    learned = "learned"
+    """A learned vector per position, added to the embedding."""
+    none = "none"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class FeedForward(str, Enum):
+    """Shape of the feed-forward part."""
+
+    gated = "gated"
+    """act(W1 x) * (W3 x), then W2 (arXiv 2002.05202)."""
+    plain = "plain"
+    """act(W1 x), then W2."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Activation(str, Enum):
+    """Non-linearity of the feed-forward part."""
+
+    silu = "silu"
+    gelu = "gelu"
+    relu = "relu"
+    relu_squared = "relu_squared"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_ANY = frozenset({Attention.causal, Attention.bidirectional, Attention.prefix})
+
+
+@backbones.register("transformer")
+@dataclass
+class TransformerConfig(BackboneConfig):
+    """A pre-norm transformer, causal, bidirectional or prefix as the objective asks."""
+
+    supports: ClassVar[frozenset[Attention]] = _ANY
+
+    name: str = "transformer"
+    d_model: int = 256
+    """Width of the hidden states."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads (grouped queries, arXiv 2305.13245). None: as many as num_heads."""
+    head_dim: int | None = None
+    """Width of one head. None: d_model / num_heads."""
+    feed_forward: FeedForward = FeedForward.gated
+    """Shape of the feed-forward part."""
+    feed_forward_dim: int | None = None
+    """Its inner width. None: 8/3·d_model (gated) or 4·d_model (plain), rounded up to a multiple of 64."""
+    activation: Activation = Activation.silu
+    """Its non-linearity."""
+    norm: NormType = NormType.rms
+    """Kind of norm before attention, before the feed-forward part, and at the end."""
+    norm_eps: float = 1e-5
+    """Added to the variance before the root."""
+    qk_norm: bool = False
+    """RMS norm of each head's queries and keys (arXiv 2302.05442)."""
+    bias: bool = False
+    """Biases in the linear layers (and in layer_norm)."""
+    position: Position = Position.rotary
+    """How positions are told apart."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    max_positions: int = 2048
+    """Longest sequence with position=learned; size of the table. Others have no limit."""
+    dropout: float = 0.0
+    """Dropout on the embedding and on each residual branch."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; the output projections of blocks are scaled by 1/sqrt(2·num_layers)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("d_model", "num_layers", "num_heads", "max_positions"):
+            self.require(getattr(self, field) >= 1, field, "1 or more")
+        self.require(0 <= self.dropout < 1, "dropout", "0 <= dropout < 1")
+        if self.head_dim is None and self.d_model % self.num_heads:
+            raise ConfigError(
+                f"backbone.d_model={self.d_model} is not divisible by backbone.num_heads={self.num_heads}; "
+                f"change one of them or set backbone.head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"backbone.num_heads={self.num_heads} is not a multiple of backbone.num_kv_heads={self.num_kv_heads}"
+            )
+        if self.position == Position.rotary and self.width_of_head % 2:
+            raise ConfigError(
+                f"rotary positions need an even head width, not {self.width_of_head}; set backbone.head_dim"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads in effect."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def width_of_head(self) -> int:
+        """Width of one head in effect."""
+        return self.d_model // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def ff_dim(self) -> int:
+        """Inner width of the feed-forward part in effect."""
+        if self.feed_forward_dim is not None:
+            return self.feed_forward_dim
+        wanted = self.d_model * 8 / 3 if self.feed_forward == FeedForward.gated else self.d_model * 4
+        return -(-int(wanted) // 64) * 64
+
+    def norm_config(self) -> LayerNormConfig:
+        """The norm that the blocks use."""
+        return LayerNormConfig(name=self.norm, eps=self.norm_eps, bias=self.bias)
+
+    def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
+        from heads_lightning.backbones.transformer import Transformer
+
+        return Transformer(self, vocab_size=vocab_size, init_device=init_device)
+
+    def num_params(self, vocab_size: int) -> int:
+        d, h, k, e, f = self.d_model, self.num_heads, self.kv_heads, self.width_of_head, self.ff_dim
+        bias = int(self.bias)
+        norm = self.norm_config().num_params(d)
+        attention = d * e * (h + 2 * k) + bias * e * (h + 2 * k) + h * e * d + bias * d + (2 * e if self.qk_norm else 0)
+        matrices = 2 if self.feed_forward == FeedForward.gated else 1
+        feed_forward = matrices * (d * f + bias * f) + f * d + bias * d
+        positions = self.max_positions * d if self.position == Position.learned else 0
+        return vocab_size * d + positions + self.num_layers * (attention + feed_forward + 2 * norm) + norm
+
+
+@backbones.register("ngpt")
+@dataclass
+class NGPTConfig(BackboneConfig):
+    """nGPT (arXiv 2410.01131): every matrix has rows (or columns) of unit norm, hidden states move on the unit sphere."""
+
+    supports: ClassVar[frozenset[Attention]] = _ANY
+
+    name: str = "ngpt"
+    d_model: int = 256
+    """Width of the hidden states."""
+    num_layers: int = 4
+    """Blocks."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads. None: as many as num_heads."""
+    feed_forward_dim: int | None = None
+    """Inner width of the gated feed-forward part. None: 8/3·d_model, rounded up to a multiple of 64."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    alpha_init: float | None = None
+    """Initial step along the sphere (eigen learning rate). None: 1/num_layers, as in the paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("d_model", "num_layers", "num_heads"):
+            self.require(getattr(self, field) >= 1, field, "1 or more")
+        if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
+            raise ConfigError(
+                f"backbone.d_model={self.d_model} divided by backbone.num_heads={self.num_heads} must be an even whole number"
+            )
+        if self.num_heads % self.kv_heads:
+            raise ConfigError(
+                f"backbone.num_heads={self.num_heads} is not a multiple of backbone.num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads in effect."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def ff_dim(self) -> int:
+        """Inner width of the feed-forward part in effect."""
+        return -(-int(self.d_model * 8 / 3) // 64) * 64 if self.feed_forward_dim is None else self.feed_forward_dim
+
+    def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
+        from heads_lightning.backbones.ngpt import NGPT
+
+        return NGPT(self, vocab_size=vocab_size, init_device=init_device)
+
+    def num_params(self, vocab_size: int) -> int:
+        d, f = self.d_model, self.ff_dim
+        e = d // self.num_heads
+        attention = d * e * (self.num_heads + 2 * self.kv_heads) + d * d + e  # + s_qk
+        feed_forward = 3 * d * f + 2 * f  # + s_u, s_v
+        return vocab_size * d + self.num_layers * (attention + feed_forward + 2 * d)  # + alpha_A, alpha_M

@@ -1,0 +1,172 @@
+"""Objectives: what is hidden and what is the target (`objective=…`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from heads_lightning.batch import Attention
+from heads_lightning.configs.base import Option
+from heads_lightning.registry import ConfigError, Registry
+
+if TYPE_CHECKING:
+    from heads_lightning.objectives.base import Vocabulary
+
+
+@dataclass
+class ObjectiveConfig(Option):
+    """Base of every objective."""
+
+    group: ClassVar[str] = "objective"
+    predicts: ClassVar[str] = "token"
+    """What a target is: must equal the head's `predicts`."""
+    attention: ClassVar[Attention] = Attention.causal
+    """Which positions a position may see."""
+    special_tokens: ClassVar[tuple[str, ...]] = ()
+    """Roles of the special tokens that it needs: names of fields of objectives.base.Vocabulary."""
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        """The objective (heads_lightning.objectives.base.Objective) for a vocabulary."""
+        raise NotImplementedError  # abstract
+
+
+objectives: Registry[ObjectiveConfig] = Registry("objective", ObjectiveConfig)
+
+
+@objectives.register("causal")
+@dataclass
+class CausalConfig(ObjectiveConfig):
+    """Predict the next token."""
+
+    name: str = "causal"
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.causal import Causal
+
+        return Causal(self, vocabulary)
+
+
+class FIMCut(str, Enum):
+    """Where a document may be cut into prefix, middle and suffix."""
+
+    char = "char"
+    """Between any two characters; the parts are tokenised as if each stood alone."""
+    token = "token"
+    """Between two tokens."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class FIMLevel(str, Enum):
+    """What is cut (arXiv 2207.14255, section 3)."""
+
+    context = "context"
+    """The pieces of documents in a window, after the window is chosen: no piece is ever broken."""
+    document = "document"
+    """Whole documents, before windows are chosen: windows break most of them (kept for comparison)."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class SPMLayout(str, Enum):
+    """The two layouts that are both called suffix–prefix–middle (arXiv 2207.14255, section 3)."""
+
+    variant1 = "variant1"
+    """SUF suffix PRE prefix MID middle END."""
+    variant2 = "variant2"
+    """PRE SUF suffix MID prefix middle END: prefix and middle stay one stream of text (StarCoder, Megatron)."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class FIMLoss(str, Enum):
+    """Which positions of a transformed piece have a target."""
+
+    all = "all"
+    """All: what keeps left-to-right quality (arXiv 2207.14255)."""
+    middle = "middle"
+    """The middle and its end marker alone."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@objectives.register("fim")
+@dataclass
+class FIMConfig(ObjectiveConfig):
+    """Fill in the middle (arXiv 2207.14255): cut a document in three, move the middle to the end, predict the next token."""
+
+    special_tokens: ClassVar[tuple[str, ...]] = ("fim_prefix", "fim_suffix", "fim_middle", "fim_end")
+
+    name: str = "fim"
+    rate: float = 0.5
+    """Share of pieces that are transformed; the others stay left to right."""
+    spm_rate: float = 0.5
+    """Share of transformed pieces laid out suffix–prefix–middle; the others prefix–suffix–middle."""
+    cut: FIMCut = FIMCut.char
+    """Where cuts may fall."""
+    level: FIMLevel = FIMLevel.context
+    """What is cut: pieces of a window, or whole documents."""
+    spm: SPMLayout = SPMLayout.variant2
+    """Layout of suffix–prefix–middle."""
+    loss_on: FIMLoss = FIMLoss.all
+    """Which positions of a transformed piece have a target."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 <= self.rate <= 1, "rate", "0 to 1")
+        self.require(0 <= self.spm_rate <= 1, "spm_rate", "0 to 1")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.fim import FIM
+
+        return FIM(self, vocabulary)
+
+
+class MLMUnit(str, Enum):
+    """What is masked together."""
+
+    token = "token"
+    word = "word"
+    """Whole words: every token of a chosen word."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@objectives.register("mlm")
+@dataclass
+class MLMConfig(ObjectiveConfig):
+    """Masked language modelling (BERT, arXiv 1810.04805): hide some tokens, predict them from both sides."""
+
+    attention: ClassVar[Attention] = Attention.bidirectional
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
+
+    name: str = "mlm"
+    rate: float = 0.15
+    """Share of tokens (or words) chosen as targets."""
+    mask_share: float = 0.8
+    """Of the chosen: share replaced by the mask token."""
+    random_share: float = 0.1
+    """Of the chosen: share replaced by a random ordinary token; the rest is kept as it is."""
+    unit: MLMUnit = MLMUnit.token
+    """What is masked together: single tokens or whole words."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.rate <= 1, "rate", "more than 0, up to 1")
+        self.require(0 <= self.mask_share <= 1, "mask_share", "0 to 1")
+        self.require(0 <= self.random_share <= 1, "random_share", "0 to 1")
+        if self.mask_share + self.random_share > 1 + 1e-9:
+            raise ConfigError(
+                f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} sum to more than 1"
+            )
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.mlm import MLM
+
+        return MLM(self, vocabulary)

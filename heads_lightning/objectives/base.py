@@ -1,0 +1,132 @@
+"""What an objective is: a pure function from windows of raw tokens and randomness to examples. Numpy only: no tensors, no model.
+
+The data is one long stream of ids in which every document is preceded by the end-of-document token. That token opens a segment: it is
+read as "a document begins here" and predicted as "the document ends here". An objective sees a batch of windows of the stream, so that
+it can be vectorised; each row is nevertheless a function of its own sample alone (`SampleRandom` is keyed by seed, epoch and index),
+whatever the batch around it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from heads_lightning.batch import Attention, Examples
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What objectives need to know of a tokenizer. Ids of roles that a tokenizer lacks are None."""
+
+    size: int
+    """Entries: every id is below it."""
+    end_of_document: int
+    padding: int
+    mask: int | None = None
+    fim_prefix: int | None = None
+    fim_suffix: int | None = None
+    fim_middle: int | None = None
+    fim_end: int | None = None
+    """End of an infilled middle: where generation stops."""
+    sentinels: tuple[int, ...] = ()
+    """Of span corruption, in order of use."""
+    special_V: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """bool [V]: ids that are not text: never masked, never drawn as a replacement."""
+    token_bytes: tuple[bytes, ...] = ()
+    """UTF-8 bytes of each id; empty for special ids."""
+    word_start_V: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """bool [V]: ids that begin a word wherever they stand (leading white space or punctuation)."""
+    encode: Callable[[str], list[int]] = field(default=lambda text: [], repr=False)
+    """Ids of a text that stands alone, no special tokens added."""
+
+
+class Window(NamedTuple):
+    """How much of the stream a sample covers."""
+
+    stride: int
+    """Tokens from the start of one window to the start of the next."""
+    length: int
+    """Tokens of a window; those past `stride` are seen by the next window too (a label needs one token more than the input)."""
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea & Flood 2014): a bijection of uint64 whose output bits look independent."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class SampleRandom:
+    """Counter-based random numbers for a batch of samples: row b depends on (seed, epoch, indices[b]) and the order of the calls alone.
+
+    Order of access, batch, worker and rank counts and resuming therefore change nothing.
+
+    Args:
+        seed: of the experiment.
+        epoch: of the pass over the data.
+        indices: int [B], numbers of the samples.
+    """
+
+    def __init__(self, seed: int, epoch: int, indices: np.ndarray) -> None:
+        with np.errstate(over="ignore"):
+            key = _mix(np.asarray([seed], np.int64).astype(np.uint64) + _GOLDEN)
+            key = _mix(key + np.uint64(epoch) * _GOLDEN)
+            self._key_B = _mix(key + np.asarray(indices).astype(np.uint64) * _GOLDEN)
+        self._drawn = 0
+
+    @property
+    def rows(self) -> int:
+        """Samples in the batch."""
+        return len(self._key_B)
+
+    def bits(self, count: int) -> np.ndarray:
+        """uint64 [B, count], uniform."""
+        with np.errstate(over="ignore"):
+            counter = np.arange(self._drawn + 1, self._drawn + count + 1, dtype=np.uint64) * _GOLDEN
+            self._drawn += count
+            return _mix(self._key_B[:, None] + counter[None, :])
+
+    def uniform(self, count: int) -> np.ndarray:
+        """float64 [B, count], uniform in [0, 1)."""
+        return (self.bits(count) >> np.uint64(11)) * 2.0**-53
+
+    def uint16(self, count: int) -> np.ndarray:
+        """uint16 [B, count], uniform: a quarter of the cost of uniform, for one draw a token."""
+        return self.bits(-(-count // 4)).view(np.uint16)[:, :count]
+
+
+class Objective(ABC):
+    """Interface of every objective."""
+
+    attention: ClassVar[Attention]
+    """Which positions may see which."""
+    parts: tuple[str, ...] = ()
+    """Names of the components that the loss is also reported by (Examples.part_BS indexes them). Empty: no split."""
+    rewrites_stream: bool = False
+    """True: `rewrite` changes the stream before windows are cut (document-level transforms, kept for comparison)."""
+
+    @abstractmethod
+    def window(self, sequence_length: int) -> Window:
+        """Raw tokens that fill `sequence_length` positions."""
+
+    @abstractmethod
+    def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
+        """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length)."""
+
+    def rewrite(self, stream: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """The stream of one epoch, at least as long as `stream`. Only with rewrites_stream."""
+        raise NotImplementedError("this objective does not rewrite the stream")
+
+
+def document_segments(tokens_BR: np.ndarray, end_of_document: int) -> np.ndarray:
+    """int32 [B, R]: number of the document that each position belongs to, from 0 in each row; the marker opens its document."""
+    starts = tokens_BR == end_of_document
+    starts[:, 0] = False
+    return np.cumsum(starts, axis=1, dtype=np.int32)
