@@ -14,7 +14,7 @@ means no target. A position attends only to positions of its own segment: packed
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the configuration path reads Attention and must not pay for numpy or torch
@@ -27,7 +27,7 @@ PADDING = -1
 """Segment of a padded position."""
 
 
-class Attention(str, Enum):
+class Attention(StrEnum):
     """Which positions a position may see, inside its own segment."""
 
     causal = "causal"
@@ -38,9 +38,6 @@ class Attention(str, Enum):
     """The whole prefix (`Batch.prefix_BS`), and causally the rest."""
     encoder_decoder = "encoder_decoder"
     """An encoder that sees its whole input; a causal decoder that also sees the encoder."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class Examples(NamedTuple):
@@ -100,7 +97,5 @@ class Batch(NamedTuple):
         """The same batch with every tensor on `device`."""
         import torch
 
-        moved = {
-            k: v.to(device, non_blocking=non_blocking) for k, v in self._asdict().items() if isinstance(v, torch.Tensor)
-        }
+        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in self._asdict().items() if isinstance(v, torch.Tensor)}
         return self._replace(**moved)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 C = TypeVar("C")
 
@@ -43,7 +43,7 @@ class Registry(Generic[C]):
         base: the dataclass that every option of the group extends.
     """
 
-    groups: dict[str, "Registry[Any]"] = {}
+    groups: ClassVar[dict[str, "Registry[Any]"]] = {}
     """Every registry by group name: what `list`, the schema and Hydra's store are made from."""
 
     def __init__(self, group: str, base: type[C]) -> None:
@@ -58,9 +58,7 @@ class Registry(Generic[C]):
         def decorate(cls: type[C]) -> type[C]:
             taken = self._options.get(name)
             if taken is not None and _place(taken) != _place(cls):
-                raise ConfigError(
-                    f"{self.group}={name} is registered twice: by {_place(taken)} and by {_place(cls)}; rename one of them"
-                )
+                raise ConfigError(f"{self.group}={name} is registered twice: by {_place(taken)} and by {_place(cls)}; rename one of them")
             if not (is_dataclass(cls) and issubclass(cls, self.base)):
                 raise TypeError(f"{cls.__qualname__} must be a dataclass that extends {self.base.__qualname__}")
             declared = next((f.default for f in fields(cls) if f.name == "name"), None)
@@ -76,8 +74,7 @@ class Registry(Generic[C]):
             return self._options[name]
         except KeyError:
             raise ConfigError(
-                f"{self.group}={name} does not exist.{nearest(name, self._options)} "
-                f"Available: {', '.join(self._options)}"
+                f"{self.group}={name} does not exist.{nearest(name, self._options)} Available: {', '.join(self._options)}"
             ) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -103,9 +100,7 @@ def _place(cls: type) -> str:
 
 def load_plugins() -> dict[str, str]:
     """Import every plugin; returns {module: where it was named}. A broken one is named in a warning (or raised, see STRICT_VARIABLE)."""
-    wanted = {
-        entry.value: f"package {entry.dist.name if entry.dist else '?'}" for entry in entry_points(group=PLUGIN_GROUP)
-    }
+    wanted = {entry.value: f"package {entry.dist.name if entry.dist else '?'}" for entry in entry_points(group=PLUGIN_GROUP)}
     wanted |= {m.strip(): PLUGIN_VARIABLE for m in os.environ.get(PLUGIN_VARIABLE, "").split(",") if m.strip()}
     loaded = {}
     for module, origin in wanted.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
@@ -42,7 +42,7 @@ class BackboneConfig(Option):
 backbones: Registry[BackboneConfig] = Registry("backbone", BackboneConfig)
 
 
-class Position(str, Enum):
+class Position(StrEnum):
     """How positions are told apart."""
 
     rotary = "rotary"
@@ -51,11 +51,8 @@ class Position(str, Enum):
     """A learned vector per position, added to the embedding."""
     none = "none"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class FeedForward(str, Enum):
+class FeedForward(StrEnum):
     """Shape of the feed-forward part."""
 
     gated = "gated"
@@ -63,20 +60,14 @@ class FeedForward(str, Enum):
     plain = "plain"
     """act(W1 x), then W2."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Activation(str, Enum):
+class Activation(StrEnum):
     """Non-linearity of the feed-forward part."""
 
     silu = "silu"
     gelu = "gelu"
     relu = "relu"
     relu_squared = "relu_squared"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 _ANY = frozenset({Attention.causal, Attention.bidirectional, Attention.prefix})
@@ -136,13 +127,9 @@ class TransformerConfig(BackboneConfig):
                 f"change one of them or set backbone.head_dim"
             )
         if self.num_heads % self.kv_heads:
-            raise ConfigError(
-                f"backbone.num_heads={self.num_heads} is not a multiple of backbone.num_kv_heads={self.num_kv_heads}"
-            )
+            raise ConfigError(f"backbone.num_heads={self.num_heads} is not a multiple of backbone.num_kv_heads={self.num_kv_heads}")
         if self.position == Position.rotary and self.width_of_head % 2:
-            raise ConfigError(
-                f"rotary positions need an even head width, not {self.width_of_head}; set backbone.head_dim"
-            )
+            raise ConfigError(f"rotary positions need an even head width, not {self.width_of_head}; set backbone.head_dim")
 
     @property
     def kv_heads(self) -> int:
@@ -214,9 +201,7 @@ class NGPTConfig(BackboneConfig):
                 f"backbone.d_model={self.d_model} divided by backbone.num_heads={self.num_heads} must be an even whole number"
             )
         if self.num_heads % self.kv_heads:
-            raise ConfigError(
-                f"backbone.num_heads={self.num_heads} is not a multiple of backbone.num_kv_heads={self.num_kv_heads}"
-            )
+            raise ConfigError(f"backbone.num_heads={self.num_heads} is not a multiple of backbone.num_kv_heads={self.num_kv_heads}")
 
     @property
     def kv_heads(self) -> int:

@@ -1,13 +1,13 @@
 """What every option shares: its name, the guard on that name, and the enums that several groups use."""
 
 from dataclasses import dataclass, fields
-from enum import Enum
+from enum import StrEnum
 from typing import ClassVar
 
 from heads_lightning.registry import ConfigError
 
 
-class DType(str, Enum):
+class DType(StrEnum):
     """Element type of parameters."""
 
     float32 = "float32"
@@ -15,20 +15,14 @@ class DType(str, Enum):
     float16 = "float16"
     float64 = "float64"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class NormType(str, Enum):
+class NormType(StrEnum):
     """Kind of normalisation layer."""
 
     rms = "rms"
     """Root mean square, no mean, no bias (Zhang & Sennrich 2019)."""
     layer_norm = "layer_norm"
     """Mean and variance (Ba et al. 2016)."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass
@@ -69,6 +63,4 @@ class Option:
     def require(self, ok: bool, field: str, allowed: str) -> None:
         """Refuse the value of `field` unless `ok`: one line with what was given, what is allowed and where."""
         if not ok:
-            raise ConfigError(
-                f"{self.group}.{field}={getattr(self, field)} is out of range; {self.group}={self.name} allows {allowed}"
-            )
+            raise ConfigError(f"{self.group}.{field}={getattr(self, field)} is out of range; {self.group}={self.name} allows {allowed}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.configs.base import DType, LayerNormConfig, Option
@@ -14,18 +14,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class LMHeadType(str, Enum):
+class LMHeadType(StrEnum):
     """The built-in heads over a vocabulary."""
 
     default = "default"
     normalized = "normalized"
     mlm = "mlm"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class LMLossImplementation(str, Enum):
+class LMLossImplementation(StrEnum):
     """How the cross-entropy of a projection is computed. Always the same number, within rounding."""
 
     default = "default"
@@ -36,9 +33,6 @@ class LMLossImplementation(str, Enum):
     """Liger's Triton kernel; needs a GPU."""
     auto = "auto"
     """The best available for the device, dtype and features at hand; the log says which and why."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass
@@ -165,9 +159,7 @@ class NormalizedLMHeadConfig(LMHeadConfig):
                     f"leave it out (head.{field}=null) or use head=default"
                 )
         if self.tie_embeddings:
-            raise ConfigError(
-                "head.tie_embeddings=true does not exist on head=normalized: nGPT learns both matrices; use head=default"
-            )
+            raise ConfigError("head.tie_embeddings=true does not exist on head=normalized: nGPT learns both matrices; use head=default")
 
     def build(
         self,
@@ -218,7 +210,5 @@ class MLMHeadConfig(LMHeadConfig):
         return True if self.bias is None else self.bias
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
-        norm = (
-            0 if self.layer_norm else d_model
-        )  # BERT's norm is part of the head: RMS unless layer_norm says otherwise
+        norm = 0 if self.layer_norm else d_model  # BERT's norm is part of the head: RMS unless layer_norm says otherwise
         return self._size(d_model, vocab_size, bias=self.has_bias) + d_model * d_model + d_model + norm

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
@@ -47,7 +47,7 @@ class CausalConfig(ObjectiveConfig):
         return Causal(self, vocabulary)
 
 
-class FIMCut(str, Enum):
+class FIMCut(StrEnum):
     """Where a document may be cut into prefix, middle and suffix."""
 
     char = "char"
@@ -55,11 +55,8 @@ class FIMCut(str, Enum):
     token = "token"
     """Between two tokens."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class FIMLevel(str, Enum):
+class FIMLevel(StrEnum):
     """What is cut (arXiv 2207.14255, section 3)."""
 
     context = "context"
@@ -67,11 +64,8 @@ class FIMLevel(str, Enum):
     document = "document"
     """Whole documents, before windows are chosen: windows break most of them (kept for comparison)."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class SPMLayout(str, Enum):
+class SPMLayout(StrEnum):
     """The two layouts that are both called suffix–prefix–middle (arXiv 2207.14255, section 3)."""
 
     variant1 = "variant1"
@@ -79,20 +73,14 @@ class SPMLayout(str, Enum):
     variant2 = "variant2"
     """PRE SUF suffix MID prefix middle END: prefix and middle stay one stream of text (StarCoder, Megatron)."""
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class FIMLoss(str, Enum):
+class FIMLoss(StrEnum):
     """Which positions of a transformed piece have a target."""
 
     all = "all"
     """All: what keeps left-to-right quality (arXiv 2207.14255)."""
     middle = "middle"
     """The middle and its end marker alone."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @objectives.register("fim")
@@ -127,15 +115,12 @@ class FIMConfig(ObjectiveConfig):
         return FIM(self, vocabulary)
 
 
-class MLMUnit(str, Enum):
+class MLMUnit(StrEnum):
     """What is masked together."""
 
     token = "token"
     word = "word"
     """Whole words: every token of a chosen word."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @objectives.register("mlm")
@@ -162,9 +147,7 @@ class MLMConfig(ObjectiveConfig):
         self.require(0 <= self.mask_share <= 1, "mask_share", "0 to 1")
         self.require(0 <= self.random_share <= 1, "random_share", "0 to 1")
         if self.mask_share + self.random_share > 1 + 1e-9:
-            raise ConfigError(
-                f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} sum to more than 1"
-            )
+            raise ConfigError(f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} sum to more than 1")
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.mlm import MLM

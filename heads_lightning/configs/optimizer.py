@@ -32,9 +32,7 @@ class OptimizerConfig(Option):
         self.require(self.learning_rate > 0, "learning_rate", "more than 0")
         self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
         self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "more than 0, or null")
-        self.require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers, 0 <= beta < 1"
-        )
+        self.require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers, 0 <= beta < 1")
 
 
 optimizers: Registry[OptimizerConfig] = Registry("optimizer", OptimizerConfig)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import ClassVar
 
 from heads_lightning.configs.base import Option
@@ -12,16 +12,13 @@ from heads_lightning.registry import ConfigError, Registry, nearest
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
 
 
-class Parallel(str, Enum):
+class Parallel(StrEnum):
     """How several devices share the work."""
 
     auto = "auto"
     """One device: none. Several: data."""
     data = "data"
     """Every device holds the model and takes a share of the batch (DDP)."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass
