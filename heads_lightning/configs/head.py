@@ -114,7 +114,7 @@ def _member(enum: type[Any], value: Any, where: str) -> Any:
     try:
         return enum(value)
     except ValueError:
-        raise ConfigError(f"{where}={value} does not exist; available: {', '.join(m.value for m in enum)}") from None
+        raise ConfigError(f"{where}={value} does not exist; available: {', '.join(str(m.value) for m in list(enum))}") from None
 
 
 @heads.register("default")
