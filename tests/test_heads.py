@@ -84,6 +84,8 @@ def test_matrix_of_heads_losses_and_features(name: str, implementation: str) -> 
     for number, (reduction, z, smoothing, softcap, masked, frozen, return_logits) in enumerate(grid):
         if z == 0.0 and number % 2:
             z = None  # both are off
+        if implementation == "fused_linear" and number % 13 and not torch.cuda.is_available():
+            continue  # Triton's interpreter is slow
         what = (reduction, z, smoothing, softcap, masked, frozen, return_logits)
         head = heads_by_option[smoothing, softcap].requires_grad_(frozen != "head")
         head.zero_grad()

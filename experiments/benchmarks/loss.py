@@ -7,8 +7,8 @@
 
 Times: all implementations once per round, in one process, in turn; the median over rounds of each round's ratio, so that other work on the
 machine falls on all alike. With one thread CPU time is used, with more wall time. limit = three products of 2·N·d·V operations each (N:
-rows with a target) at the best rate that any library reaches here for that type. Memory: peak resident size of one step beyond dX and dW, each
-in a fresh process. `--json FILE` keeps the numbers.
+rows with a target) at the best rate that any library reaches here for that type. Memory: peak resident size of one step beyond dX and dW,
+each in a fresh process. `--json FILE` keeps the numbers.
 """
 
 from __future__ import annotations
