@@ -1,0 +1,69 @@
+"""Where configuration comes from: the `conf/` folder, the registry, plugins. This file hands all three to Hydra.
+
+Every option of every registry becomes an entry of Hydra's store, so a part that registers itself is an option of the command line
+with no YAML at all; files in `conf/` add sizes and recipes on top.
+"""
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from heads_lightning import configs  # noqa: F401  registers the built-in options
+from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.configs.head import LMLossImplementation
+from heads_lightning.registry import ConfigError, Registry, load_plugins
+
+SHIPPED = {"loss_implementation": LMLossImplementation.auto}
+"""Fields that a composed experiment starts with another value than the dataclass: a library call gets what it asks for, a run gets
+the best that the machine has. It lives here and not in conf/train.yaml since not every option of `head` has the field."""
+
+plugin_origins: dict[str, str] = {}
+"""Modules loaded as plugins, and where each was named."""
+
+
+def conf_dir() -> Path:
+    """The shipped `conf` folder: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigError(f"the folder conf/ is missing beside {package}; install the package again")
+
+
+def version_base() -> dict[str, Any]:
+    """The argument `version_base` for Hydra: 1.4 warns about any value, 1.5 drops the argument."""
+    major, minor = (int(part) for part in hydra.__version__.split(".")[:2])
+    return {"version_base": "1.3"} if (major, minor) < (1, 4) else {}
+
+
+@cache
+def prepare_store() -> None:
+    """Load plugins and store every registered option, once per process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plugin_origins.update(load_plugins())
+    for warning in caught:
+        warnings.warn_explicit(str(warning.message), UserWarning, "heads_lightning", 0)
+    store_options()
+
+
+def store_options() -> None:
+    """Put every option that is registered now into Hydra's store. May be repeated."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=ExperimentConfig, provider="heads_lightning.configs.experiment")
+    for group, registry in Registry.groups.items():
+        for name, cls in registry.items():
+            store.store(group=group, name=name, node=_node(cls), provider=cls.__module__)
+
+
+def _node(cls: type) -> Any:
+    node = OmegaConf.structured(cls)
+    for field, value in SHIPPED.items():
+        if field in node:
+            node[field] = value
+    return node
