@@ -6,7 +6,6 @@ mistake are answered in a fraction of a second. Exit codes: 0 done, 1 failed, 2 
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -200,9 +200,7 @@ class Report:
         return {f"eval/{k}": float(v) for k, v in flat.items() if v is not None}
 
 
-def clip_context(
-    prefix: np.ndarray, suffix: np.ndarray, *, room: int, suffix_share: float = 0.33
-) -> tuple[np.ndarray, np.ndarray]:
+def clip_context(prefix: np.ndarray, suffix: np.ndarray, *, room: int, suffix_share: float = 0.33) -> tuple[np.ndarray, np.ndarray]:
     """The nearest `room` tokens around a hole: the end of the prefix and the start of the suffix."""
     suffix_room = min(len(suffix), max(int(room * suffix_share), room - len(prefix)))
     prefix_room = max(room - suffix_room, 0)

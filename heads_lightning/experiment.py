@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,25 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
     """The head that fits a backbone."""
     assert isinstance(config.head, LMHeadConfig)
-    return config.head.build(
-        d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=backbone.embedding
-    )
+    return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=backbone.embedding)
+
+
+def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Preparation as one line per stage."""
+    lines = {
+        "waiting": "waiting for another run that prepares the same data",
+        "tokenizer": "training the tokenizer",
+        "tokens": "tokenising",
+        "shards": "writing shards",
+    }
+    said: set[str] = set()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in said:
+            said.add(stage)
+            say(f"preparing data: {lines.get(stage, stage)} …")
+
+    return progress
 
 
 def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
@@ -65,7 +82,7 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare(config.data, config.tokenizer, say=say)
+    prepared = prepare(config.data, config.tokenizer, progress=_said_once(say))
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,
@@ -134,9 +151,23 @@ def load(reference: str, *, run_root: str = "runs", device: torch.device | str =
     path = find_checkpoint(reference, run_root)
     checkpoint = read_checkpoint(path)
     config = from_yaml(checkpoint[KEY]["config"])
-    tokenizer = Tokenizer.from_json(checkpoint[KEY]["tokenizer"])
+    tokenizer = _tokenizer_from(checkpoint[KEY]["tokenizer"])
     backbone, head = build_model(config, tokenizer.vocabulary.size, device=device)
     weights = checkpoint["state_dict"]
     backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
     head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
     return TrainedModel(config, tokenizer, backbone.eval(), head.eval(), checkpoint["global_step"], path)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """A tokenizer as {file name: contents}, to travel inside a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+
+
+def _tokenizer_from(files: dict[str, str]) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, contents in files.items():
+            (Path(folder) / name).write_text(contents, encoding="utf-8")
+        return Tokenizer.load(folder)

@@ -10,7 +10,6 @@ The run folder explains itself:
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,12 @@ from rich.console import Console
 from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.evaluation import Report
-from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint
+from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
 from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
+from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.tracking import RunLog, RunLogger, open_run
 from heads_lightning.training.trainer import build_trainer, resolve_precision
 
@@ -90,7 +90,7 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
         run_dir,
         every_steps=config.trainer.checkpoint_every_steps,
         keep=config.trainer.keep_checkpoints,
-        record={"config": config_yaml, "tokenizer": experiment.prepared.tokenizer.to_json(), "tokens_per_step": tokens_per_step},
+        record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
         warn=lambda message: console.print(message, style="yellow"),
     )
     callbacks: list[Any] = [metrics, checkpoints]
@@ -115,7 +115,7 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
     console.print(
         f"{config.objective.name} · {config.head.name} head · {config.backbone.name} · {parameters / 1e6:.1f} M parameters · "
         f"{tokens / 1e6:.1f} M positions in {config.trainer.steps(config.data.sequence_length)} steps "
-        f"({tokens / max(prepared.num_tokens('train'), 1):.1f} passes) · {config.trainer.precision} · {trainer.world_size} device(s)",
+        f"({tokens / max(prepared.train.tokens, 1):.1f} passes) · {config.trainer.precision} · {trainer.world_size} device(s)",
         highlight=False,
     )
 
@@ -131,27 +131,29 @@ def _conclude(
 ) -> Result:
     """Evaluate on rank 0, print the summary and record it."""
     config = experiment.config
-    path = checkpoints.last_path
+    path = checkpoint_path(run_dir, checkpoints.saved_step)
     result = Result(run_dir, path, None, dict(metrics.latest))
+    samples = []
     if not trainer.is_global_zero:
         return result
     if config.evaluation.enabled:
         module = experiment.module
-        model = TrainedModel(
-            config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), trainer.global_step, path
-        )
+        model = TrainedModel(config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), trainer.global_step, path)
         outcome = evaluate(model, experiment.prepared)
-        result.report = outcome.report
+        result.report, samples = outcome.report, outcome.samples
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
         log.log_text("samples.txt", outcome.samples_text())
-    text = summary_text(result, config, log, seconds=metrics.seconds_in_steps)
+    text = summary_text(
+        config,
+        run_dir=run_dir,
+        report=result.report,
+        samples=samples,
+        metrics=metrics.latest,
+        seconds=metrics.seconds_in_steps,
+        ui_command=log.ui_command(),
+    )
     (run_dir / "summary.txt").write_text(text)
     log.log_text("summary.txt", text)
     console.print(text, highlight=False, markup=False)
     return result
-
-
-def is_main_process() -> bool:
-    """True in the process that a person started: the others are told their rank by the launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0

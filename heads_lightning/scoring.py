@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.objective import FIMConfig
+from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.data.prepare import PreparedData
 from heads_lightning.evaluation import (
     HiddenLine,
@@ -25,6 +27,7 @@ from heads_lightning.evaluation import (
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
 from heads_lightning.objectives.fim import fim_prompt
+from heads_lightning.registry import ConfigError
 
 ROWS = 16
 """Sequences of one forward pass."""
@@ -54,9 +57,7 @@ def show_sample(sample: Sample) -> str:
     """One infill with the lines around it."""
     before = "\n".join(sample.prefix.split("\n")[-3:])
     after = "\n".join(sample.suffix.lstrip("\n").split("\n")[:2])
-    return (
-        f"{_indent(before)}\n  model ▸ {sample.infill.strip() or '(nothing)'}\n  truth ▸ {sample.truth.strip()}\n{_indent(after)}\n"
-    )
+    return f"{_indent(before)}\n  model ▸ {sample.infill.strip() or '(nothing)'}\n  truth ▸ {sample.truth.strip()}\n{_indent(after)}\n"
 
 
 def _indent(text: str) -> str:
@@ -82,7 +83,7 @@ def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
     if isinstance(model.config.data, RepeatConfig):
         _copy_accuracy(model, prepared, report)
         return Outcome(report, [])
-    held_out, training = prepared.documents("validation"), prepared.documents("train")
+    held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
     report.left_to_right_bits_per_byte = left_to_right(model, prepared, config.text_tokens)
     report.ngram_bits_per_byte = ngram_bits_per_byte("\n".join(training).encode(), "\n".join(held_out).encode())
     questions = hidden_lines(held_out, config)
@@ -111,7 +112,7 @@ def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
 def left_to_right(model: TrainedModel, prepared: PreparedData, max_tokens: int) -> float:
     """Bits per byte of held-out text in windows as long as training sequences, spread evenly; each window starts without context."""
     length = model.config.data.sequence_length
-    stream = prepared.stream("validation")
+    stream = np.concatenate([shard.tokens for shard in prepared.validation.shards])
     available = max((len(stream) - 1) // length, 1)
     count = max(min(max_tokens // length, available), 1)
     starts = [int(k * available / count) * length for k in range(count)]
@@ -137,9 +138,7 @@ def _negative_log_likelihood(
     examples = Examples(np.ascontiguousarray(tokens_BS), np.ascontiguousarray(labels_BS), segments_BS)
     device = next(model.backbone.parameters()).device
     batch = Batch.from_examples(examples, Attention.causal).to(device)
-    output = model.head(
-        model.backbone(batch), labels=batch.labels_BS, loss_reduction="none", z_loss_multiplier=0.0, return_logits=False
-    )
+    output = model.head(model.backbone(batch), labels=batch.labels_BS, loss_reduction="none", z_loss_multiplier=0.0, return_logits=False)
     return output.ce_loss.double().sum(dim=1).cpu().numpy()
 
 
@@ -152,10 +151,15 @@ def _document_segments(tokens_BS: np.ndarray, end_of_document: int) -> np.ndarra
 # -- hidden lines -------------------------------------------------------------------------------------------------------
 
 
-def _prompt(model: TrainedModel, question: HiddenLine, *, with_suffix: bool, layout: str | None = None) -> np.ndarray:
-    """Token ids before the hidden line, in the layout of training."""
+def _prompt(
+    model: TrainedModel, question: HiddenLine, *, with_suffix: bool, layout: str | None = None, room: int | None = None
+) -> np.ndarray:
+    """Token ids before the hidden line, in the layout of training; at most `room` of them are text."""
     encode, config = model.tokenizer.encode, model.config
-    room = config.data.sequence_length - config.evaluation.max_new_tokens - 6
+    if room is None:
+        # as much context as leaves the answer inside the length that training saw
+        longest = min(config.evaluation.max_new_tokens, config.data.sequence_length // 2)
+        room = config.data.sequence_length - longest - 6
     prefix, suffix = np.asarray(encode(question.prefix)), np.asarray(encode(question.suffix))
     if not with_suffix:
         suffix = suffix[:0]
@@ -184,9 +188,7 @@ def default_layout(objective: FIMConfig) -> str:
 
 def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool) -> float:
     """Bits per byte of the hidden lines, given prefix and suffix or the prefix alone."""
-    rows = [
-        (_prompt(model, q, with_suffix=with_suffix), np.asarray(model.tokenizer.encode(q.line), np.int64)) for q in questions
-    ]
+    rows = [(_prompt(model, q, with_suffix=with_suffix), np.asarray(model.tokenizer.encode(q.line), np.int64)) for q in questions]
     nats = sum(float(_score_targets(model, rows[i : i + ROWS]).sum()) for i in range(0, len(rows), ROWS))
     return bits_per_byte(nats, sum(len(q.line.encode()) for q in questions))
 
@@ -228,19 +230,58 @@ def _generate(model: TrainedModel, prompts: Sequence[np.ndarray], *, max_new_tok
     return outputs
 
 
+def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest) -> str:
+    """What the model puts between two texts.
+
+    Raises:
+        ConfigError: the model was not trained to infill, or not with the layout asked for.
+    """
+    objective = model.config.objective
+    if not can_infill(model) or not isinstance(objective, FIMConfig):
+        raise ConfigError(
+            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim"
+        )
+    layout = request.layout or default_layout(objective)
+    trained = trained_layouts(objective)
+    if layout not in trained:
+        raise ConfigError(f"layout={layout} was not trained; {request.checkpoint} knows layout={' and layout='.join(trained)}")
+    question = HiddenLine(prefix, "", suffix, "", "", begins_document=True)
+    room = model.config.data.sequence_length - min(request.max_new_tokens, model.config.data.sequence_length // 2) - 6
+    prompt = _prompt(model, question, with_suffix=True, layout=layout, room=room)
+    end = model.tokenizer.vocabulary.fim_end
+    assert end is not None
+    generator = torch.Generator(device=request.device).manual_seed(request.seed)
+    out = generate(
+        model.backbone,
+        model.head,
+        [prompt.tolist()],
+        max_new_tokens=request.max_new_tokens,
+        stop_ids=[end],
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        generator=generator,
+    )[0]
+    return model.tokenizer.decode(out)
+
+
+def trained_layouts(objective: FIMConfig) -> list[str]:
+    """The layouts that training showed."""
+    return [name for name, shown in (("psm", objective.spm_rate < 1), ("spm", objective.spm_rate > 0)) if shown]
+
+
 # -- the synthetic proof ------------------------------------------------------------------------------------------------
 
 
 def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = 200) -> None:
     """data=repeat: hide a part of the first half; it stands again in the suffix and nowhere in the prefix."""
-    questions = [_copy_question(text, k) for k, text in enumerate(prepared.documents("validation")[:count])]
+    questions = [_copy_question(text, k) for k, text in enumerate(islice(prepared.texts("validation"), count))]
     report.hidden_lines = len(questions)
     report.copy_accuracy_prefix = _accuracy(model, questions, with_suffix=False, layout=None)
     if can_infill(model):
         objective = model.config.objective
         assert isinstance(objective, FIMConfig)
-        layouts = [name for name, shown in (("psm", objective.spm_rate < 1), ("spm", objective.spm_rate > 0)) if shown]
-        report.copy_accuracy_infill = min(_accuracy(model, questions, with_suffix=True, layout=name) for name in layouts)
+        report.copy_accuracy_infill = min(_accuracy(model, questions, with_suffix=True, layout=name) for name in trained_layouts(objective))
 
 
 def _copy_question(text: str, k: int) -> HiddenLine:

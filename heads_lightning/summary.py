@@ -25,10 +25,15 @@ def summary_text(
     """The page as plain text."""
     blocks = [_training(metrics, seconds)]
     if report is not None:
-        blocks += [block for block in (_left_to_right(report), _infilling(report), _proof(report)) if block]
-        blocks += [_samples(samples)] if samples else []
+        blocks.append(report_text(report, samples))
     blocks.append(_next_steps(config, run_dir, ui_command))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def report_text(report: Report, samples: list[Sample]) -> str:
+    """What an evaluation found, as plain text."""
+    blocks = [_left_to_right(report), _infilling(report), _proof(report), _samples(samples) if samples else ""]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def _training(metrics: dict[str, float], seconds: float) -> str:
@@ -97,7 +102,12 @@ def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None)
         rows.append(("see it in MLflow", ui_command))
     if config.objective.name == "fim":
         rows.append(("infill your own", f"heads-lightning infill checkpoint={run_dir} prefix_file=before.py suffix_file=after.py"))
-    rows.append(("train further", f"heads-lightning train resume={run_dir} trainer.max_steps={2 * config.trainer.steps(config.data.sequence_length)}"))
+    rows.append(
+        (
+            "train further",
+            f"heads-lightning train resume={run_dir} trainer.max_steps={2 * config.trainer.steps(config.data.sequence_length)}",
+        )
+    )
     return _table("Next", rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
@@ -22,7 +21,7 @@ def run(arguments: Sequence[str]) -> None:
     model = load(request.checkpoint, run_root=request.run_root, device=request.device)
     asked = {k: v for k in ("text_tokens", "infill_lines") if (v := getattr(request, k)) is not None}
     model = replace(model, config=replace(model.config, evaluation=replace(model.config.evaluation, **asked)))
-    prepared = prepare(model.config.data, model.config.tokenizer, say=lambda line: print(line, file=sys.stderr))
+    prepared = prepare(model.config.data, model.config.tokenizer)
     outcome = evaluate(model, prepared)
     if request.json:
         print(json.dumps(asdict(outcome.report)))

@@ -9,5 +9,5 @@ def run(config: ExperimentConfig, run_dir: Path) -> None:
     """Prepare the data of `config`; done already is nothing to do."""
     from heads_lightning.data.prepare import prepare
 
-    prepared = prepare(config.data, config.tokenizer, say=print)
-    print(f"{prepared.folder}: {prepared.num_tokens('train'):,} training and {prepared.num_tokens('validation'):,} held-out tokens")
+    prepared = prepare(config.data, config.tokenizer, progress=None)
+    print(f"{prepared.folder}: {prepared.train.tokens:,} training and {prepared.validation.tokens:,} held-out tokens")

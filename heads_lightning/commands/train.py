@@ -2,11 +2,27 @@
 
 from pathlib import Path
 
-from heads_lightning.composition import to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 
 
 def run(config: ExperimentConfig, run_dir: Path) -> float | None:
     """Train `config` in the folder `run_dir`. Returns the final validation loss, which sweepers minimise."""
-    print(f"# {run_dir}\n{to_yaml(config)}", end="")
-    return None
+    if config.resume is not None:
+        config, run_dir = _resumed(config)
+    from heads_lightning.run import train
+
+    return train(config, run_dir).metrics.get("val/loss")
+
+
+def _resumed(config: ExperimentConfig) -> tuple[ExperimentConfig, Path]:
+    """The run that `config.resume` names: its config with this command's fields on top, and its folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from heads_lightning.composition.resume import resumed_config
+    from heads_lightning.experiment import find_checkpoint
+
+    assert config.resume is not None
+    checkpoint = find_checkpoint(config.resume, config.run_root)
+    run_dir = checkpoint.parent.parent
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return resumed_config(run_dir, str(checkpoint), overrides), run_dir

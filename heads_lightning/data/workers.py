@@ -136,5 +136,3 @@ def _portable(error: Exception) -> Exception:
         return error
     except Exception:
         return WorkerError(f"{type(error).__name__}: {error}")
-
-

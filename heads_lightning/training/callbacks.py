@@ -179,9 +179,7 @@ class ProgressCallback(Callback):
         """Close the bar."""
         self.close()
 
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Close the bar."""
         self.close()
 
@@ -202,16 +200,12 @@ class CheckpointCallback(Callback):
         self._stop_signal: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def on_save_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not save."""
         assert isinstance(pl_module, LanguageModule)
         checkpoint[KEY] = {**self.record, "random_state": random_state(), "bad_steps": pl_module.bad_steps}
 
-    def on_load_checkpoint(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the random state: it is set when training starts, after everything else has drawn."""
         assert isinstance(pl_module, LanguageModule)
         self._random_state = checkpoint[KEY]["random_state"]
@@ -238,8 +232,10 @@ class CheckpointCallback(Callback):
     ) -> None:
         """Save when due; stop when asked, at a step boundary that every rank agrees on."""
         step = batch_idx + 1
-        stop = trainer.strategy.reduce_boolean_decision(self._stop_signal is not None, all=False) if trainer.world_size > 1 else (
-            self._stop_signal is not None
+        stop = (
+            trainer.strategy.reduce_boolean_decision(self._stop_signal is not None, all=False)
+            if trainer.world_size > 1
+            else (self._stop_signal is not None)
         )
         if stop or step % self.every_steps == 0:
             self.save(trainer, step)
@@ -266,7 +262,9 @@ class CheckpointCallback(Callback):
         step = int(trainer.num_training_batches)
         self.save(trainer, step)
         if self.saved_step != step:
-            raise ConfigError(f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and resume")
+            raise ConfigError(
+                f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and resume"
+            )
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Give the signals back."""
