@@ -14,7 +14,10 @@ from heads_lightning.objectives.base import Vocabulary
 
 NAMED = ["<eod>", "<pad>", "<mask>", "<pre>", "<suf>", "<mid>", "<end>"]
 SENTINELS = [f"<extra_{k}>" for k in range(100)]
-MULTI_BYTE = "naïve façade — “déjà vu” … ∑ x² ≤ π·r²\n日本語のテキスト、改行\nと空白　全角 😀👩‍👩‍👧 zwj\n\tΔt = 3µs # Ünïcødé\r\nкириллица и ещё слова\n"
+MULTI_BYTE = (
+    "naïve façade — “déjà vu” … ∑ x² ≤ π·r²\n日本語のテキスト、改行\nと空白　全角 😀👩‍👩‍👧 zwj\n"
+    "\tΔt = 3µs # Ünïcødé\r\nкириллица и ещё слова\n"
+)
 
 
 @functools.cache

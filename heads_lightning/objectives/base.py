@@ -148,11 +148,12 @@ def gather_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return indices
 
 
-def require_roles(vocabulary: Vocabulary, roles: tuple[str, ...], objective: str) -> None:
-    """Refuse a vocabulary that lacks a special token of `roles` (names of fields of Vocabulary)."""
-    missing = [role for role in roles if getattr(vocabulary, role) in (None, ())]
-    if missing:
+def require_roles(vocabulary: Vocabulary, roles: tuple[str, ...], objective: str) -> tuple[int, ...]:
+    """Ids of the special tokens `roles` (names of fields of Vocabulary); refuses a vocabulary that lacks one."""
+    ids = {role: getattr(vocabulary, role) for role in roles}
+    if missing := [role for role, token in ids.items() if token is None]:
         raise ConfigError(f"objective={objective} needs the special tokens {', '.join(missing)}, which the tokenizer lacks; add them to it")
+    return tuple(ids.values())
 
 
 def document_segments(tokens_BR: np.ndarray, end_of_document: int) -> np.ndarray:

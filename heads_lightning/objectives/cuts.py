@@ -57,7 +57,9 @@ class TokenCutter(Cutter):
         return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), tokens[:0])
 
 
-def _ranges(starts: np.ndarray, ends: np.ndarray, left_P2: np.ndarray, right_P2: np.ndarray, encoded_P42: np.ndarray, extra: np.ndarray) -> Parts:
+def _ranges(
+    starts: np.ndarray, ends: np.ndarray, left_P2: np.ndarray, right_P2: np.ndarray, encoded_P42: np.ndarray, extra: np.ndarray
+) -> Parts:
     """Parts from what each cut keeps: the stream up to left and from right on, and four encoded ranges (start, length) between."""
     zero = np.zeros_like(starts)
     middle = np.maximum(left_P2[:, 1] - right_P2[:, 0], 0)
@@ -86,7 +88,7 @@ _SAFE = {
 def _kind(byte: int) -> int:
     """Class of one byte of text; 0 for what nothing is known about."""
     char = chr(byte)
-    if byte >= 128 or byte < 32 and char not in "\t\n\r":
+    if byte >= 128 or (byte < 32 and char not in "\t\n\r"):
         return 0
     if char.isalpha():
         return _LETTER
@@ -132,7 +134,7 @@ class CharCutter(Cutter):
         return _ranges(starts, ends, left_P2, right_P2, encoded_P42, extra)
 
     def _places(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Two places a piece, in order: the token that each falls in (or the piece's end) and the byte of the token before which it falls."""
+        """Two places a piece, in order: the token that each falls in (or the piece's end), and before which byte of it."""
         chars = self._chars_V[tokens]
         count = np.cumsum(chars, dtype=np.int64)
         before = count[starts] - chars[starts]

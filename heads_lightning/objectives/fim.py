@@ -18,6 +18,7 @@ Choices:
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ class FIM(Objective):
     parts = ("left_to_right", "infill")
 
     def __init__(self, config: FIMConfig, vocabulary: Vocabulary) -> None:
-        require_roles(vocabulary, config.special_tokens, config.name)
+        self._sentinels = require_roles(vocabulary, config.special_tokens, config.name)  # PRE, SUF, MID, END
         self.config = config
         self.vocabulary = vocabulary
         self.cutter: Cutter = CharCutter(vocabulary) if config.cut is FIMCut.char else TokenCutter()
@@ -114,7 +115,7 @@ class FIM(Objective):
             [stream[:0]]
             + [
                 self._rewrite_documents(stream[starts[a] : ends[b - 1]], starts[a:b] - starts[a], ends[a:b] - starts[a], draws_P4[a:b])
-                for a, b in zip(edges[:-1], edges[1:], strict=True)
+                for a, b in pairwise(edges)
             ]
         )
 
@@ -143,8 +144,7 @@ class FIM(Objective):
 
     def _source(self, tokens: np.ndarray, plan: _Plan, padding: int) -> np.ndarray:
         """What the ranges of a plan index: [tokens, extra, padding, PRE, SUF, MID, END]; the last two from its end, by negative indices."""
-        v = self.vocabulary
-        tail = np.array([v.padding] * padding + [v.fim_prefix, v.fim_suffix, v.fim_middle, v.fim_end])
+        tail = np.array([self.vocabulary.padding] * padding + [*self._sentinels])
         return np.concatenate([tokens, plan.extra, tail.astype(tokens.dtype)])
 
     def _fit(self, tokens: np.ndarray, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
@@ -155,11 +155,12 @@ class FIM(Objective):
         if len(kept) < len(offsets):
             pieces, draws_P4, offsets = pieces.take(kept), draws_P4[kept], offsets[kept]
             plan = plan._replace(modes_P=plan.modes_P[kept], starts_PK=plan.starts_PK[kept], lengths_PK=plan.lengths_PK[kept])
+        limits = pieces.ends.copy()
         while len(over := np.flatnonzero(offsets + plan.lengths_PK.sum(axis=1) > room)):
             excess = offsets[over] + plan.lengths_PK[over].sum(axis=1) - room
             ends = pieces.ends[over] - excess
             plain = (plan.modes_P[over] == _PLAIN) | (ends <= pieces.bodies[over])  # no text would be left between the sentinels
-            pieces.ends[over] = np.where(plain, pieces.starts[over] + room - offsets[over], ends)
+            pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + room - offsets[over], limits[over]), ends)
             draws_P4[over, 0] = np.where(plain, 1.0, draws_P4[over, 0])
             plan = _replace_rows(plan, over, self._plan(tokens, pieces.take(over), draws_P4[over]), len(tokens))
         return pieces, plan
@@ -185,9 +186,7 @@ class FIM(Objective):
         segments = np.repeat(numbers.reshape(-1), np.column_stack([lengths_P, padding_P]).reshape(-1))
         return Examples(tokens_BS, labels_BS, segments.reshape(num_rows, width), part_BS=part_BS)
 
-    def _mark_infill(
-        self, labels_BS: np.ndarray, pieces: _Pieces, plan: _Plan, places_P: np.ndarray, lengths_P: np.ndarray
-    ) -> np.ndarray:
+    def _mark_infill(self, labels_BS: np.ndarray, pieces: _Pieces, plan: _Plan, places_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
         """int8 [B, S]: 1 where the target is of a middle or its END. Drops, in place, the labels that transformed pieces do not train."""
         labels = labels_BS.reshape(-1)
         which = np.flatnonzero(plan.modes_P)
@@ -205,14 +204,15 @@ class FIM(Objective):
     def _examples_of_rewritten(self, tokens_BR: np.ndarray) -> Examples:
         """Next-token examples of a stream with whole documents transformed. Where a middle begins after a prefix (SPM variant 2) is not
         in the ids: here everything from MID to END counts as infilling."""
-        v = self.vocabulary
+        pre, suf, mid, end = self._sentinels
         tokens_BS, labels_BS = tokens_BR[:, :-1].astype(np.int64), tokens_BR[:, 1:].astype(np.int64)
-        segments_BS = document_segments(tokens_BS, v.end_of_document)
-        sentinel = np.isin(tokens_BS, [v.fim_prefix, v.fim_suffix, v.fim_middle, v.fim_end])
-        marks = sentinel | (tokens_BS == v.end_of_document)
+        eod = self.vocabulary.end_of_document
+        segments_BS = document_segments(tokens_BS, eod)
+        sentinel = np.isin(tokens_BS, [pre, suf, mid, end])
+        marks = sentinel | (tokens_BS == eod)
         last = np.maximum.accumulate(np.where(marks, np.arange(tokens_BS.shape[1]), 0), axis=1)
-        infill = np.take_along_axis(tokens_BS, last, 1) == v.fim_middle
-        labels_BS[(tokens_BS == v.fim_end) | ((tokens_BS == v.end_of_document) & np.isin(labels_BS, [v.fim_prefix, v.fim_suffix]))] = IGNORE
+        infill = np.take_along_axis(tokens_BS, last, 1) == mid
+        labels_BS[(tokens_BS == end) | ((tokens_BS == eod) & np.isin(labels_BS, [pre, suf]))] = IGNORE
         if self.config.loss_on is FIMLoss.middle:
             opening = np.diff(segments_BS, axis=1, prepend=-1) != 0
             transformed = np.logical_or.reduceat(sentinel.reshape(-1), np.flatnonzero(opening))[np.cumsum(opening) - 1]
@@ -266,10 +266,9 @@ def fim_prompt(
         spm_variant: which of the two layouts called SPM.
         document_start: whether the prefix begins at the document's beginning (then a marker stands in front).
     """
-    require_roles(vocabulary, FIMConfig.special_tokens, "fim")
+    pre, suf, mid, _ = ([token] for token in require_roles(vocabulary, FIMConfig.special_tokens, "fim"))
     if layout not in ("psm", "spm"):
         raise ConfigError(f"layout={layout} of an infilling prompt does not exist; it is psm or spm")
-    pre, suf, mid = [vocabulary.fim_prefix], [vocabulary.fim_suffix], [vocabulary.fim_middle]
     if layout == "psm":
         parts = [pre, prefix_ids, suf, suffix_ids, mid]
     elif spm_variant == SPMLayout.variant1:
@@ -290,7 +289,8 @@ def invert(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     if not len(where["middle"]):
         return ids
     if any(len(found) != 1 for found in where.values()) or where["end"][0] != len(ids) - 1:
-        raise ValueError(f"not one whole infilling piece: sentinels at {({role: found.tolist() for role, found in where.items()})}")
+        places = {role: found.tolist() for role, found in where.items()}
+        raise ValueError(f"not one whole infilling piece: sentinels at {places}")
     pre, suf, mid, end = (int(found[0]) for found in where.values())
     if pre < suf:  # PSM, and SPM variant 2: that is PSM with nothing between PRE and SUF, and prefix and middle in one
         return np.concatenate([ids[:body], ids[pre + 1 : suf], ids[mid + 1 : end], ids[suf + 1 : mid]])

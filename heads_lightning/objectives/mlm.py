@@ -33,12 +33,12 @@ class MLM(Objective):
     attention: ClassVar[Attention] = Attention.bidirectional
 
     def __init__(self, config: MLMConfig, vocabulary: Vocabulary) -> None:
-        require_roles(vocabulary, config.special_tokens, config.name)
+        (self._mask,) = require_roles(vocabulary, config.special_tokens, config.name)
         self.config = config
         self.vocabulary = vocabulary
         self._special_V = np.zeros(vocabulary.size, bool)
         self._special_V[: len(vocabulary.special_V)] = vocabulary.special_V
-        self._special_V[[vocabulary.mask, vocabulary.padding, vocabulary.end_of_document]] = True
+        self._special_V[[self._mask, vocabulary.padding, vocabulary.end_of_document]] = True
         self._ordinary = np.flatnonzero(~self._special_V)
         if not len(self._ordinary):
             raise ConfigError("objective=mlm needs a vocabulary with ordinary tokens; every id of this tokenizer is special")
@@ -64,7 +64,7 @@ class MLM(Objective):
         labels_BS = np.full(tokens_BR.shape, IGNORE, np.int64)
         tokens, labels = tokens_BS.reshape(-1), labels_BS.reshape(-1)
         labels[at_N] = tokens[at_N]
-        tokens[at_N[draw_N < self._masked]] = self.vocabulary.mask
+        tokens[at_N[draw_N < self._masked]] = self._mask
         change = at_N[(draw_N >= self._masked) & (draw_N < self._random)]
         draws = rng.uniform_at(change // sequence_length, change % sequence_length)
         tokens[change] = self._ordinary[(draws * len(self._ordinary)).astype(np.int64)]
