@@ -13,6 +13,7 @@ Positions are flat indices into the tokens of a batch. The ids of a part are thr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,18 +32,30 @@ class Parts(NamedTuple):
     """Ids that are not in the stream: what was encoded anew."""
 
 
+class Measured(NamedTuple):
+    """Tokens, and what a cutter needs to know of all of them: computed once, however often pieces are cut."""
+
+    tokens: np.ndarray
+    places: np.ndarray
+    """Running count of the places to cut at. Empty: one place a token."""
+
+
 class Cutter(ABC):
     """Cuts pieces in three at two places, each uniform over all places of a piece, both ends included."""
 
     spare: int = 0
     """Positions that re-tokenisation usually adds to a piece."""
 
+    def measure(self, tokens: np.ndarray) -> Measured:
+        """Flat ids, ready to be cut."""
+        return Measured(tokens, tokens[:0])
+
     @abstractmethod
-    def cut(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
+    def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
         """The three parts of the pieces tokens[start:end], none of them empty.
 
         Args:
-            tokens: flat ids.
+            text: flat ids, measured.
             starts, ends: int64 [P].
             draws_P2: float64 [P, 2], uniform in [0, 1): where to cut, in any order.
         """
@@ -51,10 +64,10 @@ class Cutter(ABC):
 class TokenCutter(Cutter):
     """Cuts between tokens."""
 
-    def cut(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
+    def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
         at_P2 = starts[:, None] + (draws_P2 * (ends - starts + 1)[:, None]).astype(np.int64)
         at_P2.sort(axis=1)
-        return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), tokens[:0])
+        return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), text.tokens[:0])
 
 
 def _ranges(
@@ -71,18 +84,23 @@ def _ranges(
     )
 
 
-_REACH = 10
+_REACH = 8
 """Tokens looked at on each side of a cut at once; longer cells (minified code, unspaced scripts) are found one by one."""
 
 _LETTER, _DIGIT, _MARK, _SPACE, _NEWLINE, _SPECIAL, _ANY = (1 << k for k in range(7))
 _SAFE = {
     # What may begin after a token that ends in …, so that a pre-token boundary lies between. The expressions of GPT-2, GPT-4 (cl100k,
-    # o200k), Llama 3, Qwen and DeepSeek agree on these. Left out, since they do not: an apostrophe (contractions), punctuation before
-    # letters (` ?\p{P}\p{L}+`) and before line ends (`\p{P}+[\r\n]*`), anything that is not ASCII.
+    # o200k), Llama 3, Qwen and DeepSeek agree on these. Left out, since they do not: an apostrophe (contractions), anything that is not
+    # ASCII. Punctuation before letters (`[^\r\n\p{L}\p{N}]?\p{L}+`) and before line ends (`\p{P}+[\r\n]*`) is added where no token of
+    # the vocabulary spans the two: such a tokenizer, like GPT-2's, keeps them apart.
     _LETTER: _DIGIT | _MARK | _SPACE | _NEWLINE,
     _DIGIT: _LETTER | _MARK | _SPACE | _NEWLINE,
     _MARK: _DIGIT | _SPACE,
 }
+
+
+_PROBE = "def readAll(self, x1=12345):\n    return {'a': 3.5}  # don't, it's; naïve “text”\n\n\tx += y[0:2]; 日本 語!\r\n (a)/b\n"
+"""A text with every kind of neighbours."""
 
 
 def _kind(byte: int) -> int:
@@ -116,52 +134,82 @@ class CharCutter(Cutter):
         self._single = max(map(len, self._bytes)) <= 1  # nothing is ever merged: a cut changes no ids
         self._byte_tables()
         self._clear()
+        self._probe()
+
+    def _probe(self) -> None:
+        """Refuse a tokenizer for which local encoding is not exact (merges across words, or text changed by normalisation)."""
+        ids = np.array(self._encode_text(_PROBE), np.int64)
+        count = len(_PROBE) + 1
+        draws = np.random.default_rng(0).random((2 * count, 2))
+        draws[:count, 0] = (np.arange(count) + 0.5) / count  # every place once
+        ends = np.full(len(draws), len(ids))
+        parts = self.cut(self.measure(ids), np.zeros_like(ends), ends, draws)
+        source = np.concatenate([ids, parts.extra]).tolist()
+        texts = b"".join(self._bytes[token] for token in ids.tolist())
+        exact = texts == _PROBE.encode()
+        for starts, lengths in zip(parts.starts_P7.tolist(), parts.lengths_P7.tolist(), strict=True):
+            spans = [source[a : a + n] for a, n in zip(starts, lengths, strict=True)]
+            for part in (spans[0] + spans[1], spans[2] + spans[3] + spans[4], spans[5] + spans[6]):
+                text = b"".join(self._bytes[token] for token in part)
+                exact = exact and self._encode_text(text.decode()) == part
+        if not exact:
+            raise ConfigError(
+                "objective.cut=char does not fit this tokenizer: text cut at a place does not keep its ids away from it; "
+                "use objective.cut=token"
+            )
 
     def _byte_tables(self) -> None:
         leads = [[k for k, byte in enumerate(text) if byte & 0xC0 != 0x80] for text in self._bytes]
         self._chars_V = np.array([len(x) for x in leads], np.int32)
-        self._lead = np.array([k for x in leads for k in x], np.int64)
-        self._lead_start_V = np.cumsum(self._chars_V, dtype=np.int64) - self._chars_V
-        self._begin_V = np.array([(_kind(text[0]) if text else _SPECIAL) | _ANY for text in self._bytes], np.uint8)
-        self._end_V = np.array([(_SAFE.get(_kind(text[-1]), 0) if text else _ANY) | _SPECIAL for text in self._bytes], np.uint8)
+        self._lead = np.array([*(k for x in leads for k in x), 0], np.int64)
+        self._lead_end_V = np.cumsum(self._chars_V, dtype=np.int64)
+        kinds = [_kind(byte) for byte in range(256)]
+        inside = {(kinds[a], kinds[b]) for text in set(self._bytes) for a, b in pairwise(text)}
+        safe = _SAFE | {_MARK: _SAFE[_MARK] | sum(kind for kind in (_LETTER, _NEWLINE) if (_MARK, kind) not in inside)}
+        self._begin_V = np.array([(kinds[text[0]] if text else _SPECIAL) | _ANY for text in self._bytes], np.uint8)
+        self._end_V = np.array([(safe.get(kinds[text[-1]], 0) if text else _ANY) | _SPECIAL for text in self._bytes], np.uint8)
 
-    def cut(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
-        at_P2, byte_P2 = self._places(tokens, starts, ends, draws_P2)
+    def measure(self, tokens: np.ndarray) -> Measured:
+        chars = self._chars_V[tokens]
+        return Measured(tokens, np.cumsum(chars, dtype=np.int32 if len(tokens) < 1 << 24 else np.int64))
+
+    def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
+        at_P2, byte_P2 = self._places(text, starts, ends, draws_P2)
         if self._single:
-            return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), tokens[:0])
-        left_P2, right_P2, near = self._find_cells(tokens, starts, ends, at_P2, byte_P2)
-        encoded_P42, extra = self._encode_cells(tokens, at_P2, byte_P2, left_P2, right_P2, near)
+            return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), text.tokens[:0])
+        left_P2, right_P2, near = self._find_cells(text.tokens, starts, ends, at_P2, byte_P2)
+        encoded_P42, extra = self._encode_cells(text.tokens, at_P2, byte_P2, left_P2, right_P2, near)
         return _ranges(starts, ends, left_P2, right_P2, encoded_P42, extra)
 
-    def _places(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _places(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two places a piece, in order: the token that each falls in (or the piece's end), and before which byte of it."""
-        chars = self._chars_V[tokens]
-        count = np.cumsum(chars, dtype=np.int64)
-        before = count[starts] - chars[starts]
-        places_P2 = (draws_P2 * (count[ends - 1] - before + 1)[:, None]).astype(np.int64)
+        tokens, count = text
+        before = count[starts] - self._chars_V[tokens[starts]]
+        places_P2 = (draws_P2 * (count[ends - 1] - before + 1)[:, None]).astype(count.dtype)
         places_P2.sort(axis=1)
         places_P2 += before[:, None]
         at_P2 = np.minimum(np.searchsorted(count, places_P2, side="right"), ends[:, None])
         inside = at_P2 < ends[:, None]
-        token_P2 = np.where(inside, at_P2, 0)
-        nth = self._lead_start_V[tokens[token_P2]] + places_P2 - (count[token_P2] - chars[token_P2])
-        return at_P2, np.where(inside, self._lead[np.where(inside, nth, 0)], 0)
+        token_P2 = at_P2 * inside
+        id_P2 = tokens[token_P2]
+        nth = places_P2 - count[token_P2] + self._lead_end_V[id_P2]
+        return at_P2, self._lead[nth * inside] * inside
 
     def _find_cells(
         self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, at_P2: np.ndarray, byte_P2: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The cell [left, right) of each cut, empty where the cut falls between cells; and the tokens around it, int [P, 2, 2 reach]."""
-        around = at_P2[..., None] + np.arange(-_REACH, _REACH)
-        near = tokens[np.clip(around, 0, len(tokens) - 1)]
+        """The cell [left, right) of each cut, empty where the cut falls between cells; and the tokens around it, [P, 2, 2 reach]."""
+        border = at_P2[..., None] + np.arange(1 - _REACH, _REACH)  # safe[…, k] is about the place before the token at border[…, k]
+        near = tokens.take(at_P2[..., None] + np.arange(-_REACH, _REACH), mode="clip")
         safe = (self._end_V[near[..., :-1]] & self._begin_V[near[..., 1:]]) != 0
-        border = around[..., 1:]  # safe[…, k] is about the place before the token at border[…, k]
         safe |= (border <= starts[:, None, None]) | (border >= ends[:, None, None])
         before, after = safe[..., _REACH - 1 :: -1], safe[..., _REACH:]
         left_P2, right_P2 = at_P2 - before.argmax(axis=2), at_P2 + 1 + after.argmax(axis=2)
         between = (byte_P2 == 0) & before[..., 0]
         right_P2[between] = at_P2[between]
         for piece, k in zip(*np.nonzero(~(before.any(axis=2) & after.any(axis=2)) & ~between), strict=True):
-            left_P2[piece, k], right_P2[piece, k] = self._find_long_cell(tokens, starts[piece], ends[piece], at_P2[piece, k])
+            cell = self._find_long_cell(tokens, int(starts[piece]), int(ends[piece]), int(at_P2[piece, k]))
+            left_P2[piece, k], right_P2[piece, k] = cell
         return left_P2, right_P2, near
 
     def _find_long_cell(self, tokens: np.ndarray, start: int, end: int, at: int) -> tuple[int, int]:
@@ -180,9 +228,9 @@ class CharCutter(Cutter):
         both_P = full_P2.all(axis=1) & (left_P2[:, 0] == left_P2[:, 1])  # one cell holds both cuts: cells are the same or apart
         full_P2[:, 1] &= ~both_P
         piece, k = np.nonzero(full_P2)
-        jobs = _Jobs(*(x[piece, k] for x in (left_P2, right_P2, at_P2, byte_P2)), np.full(len(piece), -1), np.full(len(piece), -1))
+        left, right, at, byte = (x[piece, k] for x in (left_P2, right_P2, at_P2, byte_P2))
         both = both_P[piece]
-        jobs.at2[both], jobs.byte2[both] = at_P2[piece[both], 1], byte_P2[piece[both], 1]
+        jobs = _Jobs(left, right, at, byte, np.where(both, at_P2[piece, 1], -1), np.where(both, byte_P2[piece, 1], -1))
         found_J32 = self._look_up(tokens, jobs, near[piece, k])
         ranges_P42 = np.zeros((len(at_P2), 4, 2), np.int64)
         ranges_P42[piece, 2 * k], ranges_P42[piece, 2 * k + 1] = found_J32[:, 0], found_J32[:, 1]
@@ -196,70 +244,86 @@ class CharCutter(Cutter):
         """Ranges of the pool [J, 3, 2]: the ids left of the (first) cut of each cell, right of it, and right of a second cut."""
         if len(self._cells) + len(jobs.at) > self.table_size or len(self._texts) > self.table_size:
             self._clear()
-        position = jobs.at[:, None] + np.arange(-_REACH, _REACH)
+        left, right = (jobs.left - jobs.at)[:, None], (jobs.right - jobs.at)[:, None]
+        relative = np.arange(-_REACH, _REACH)
         key = np.empty((len(jobs.at), 2 * _REACH + 3), np.int32)
-        key[:, :-3] = np.where((position >= jobs.left[:, None]) & (position < jobs.right[:, None]), near_J, -1)
+        key[:, :-3] = np.where((relative >= left) & (relative < right), near_J, -1)
         key[:, -3], key[:, -2], key[:, -1] = jobs.byte, np.where(jobs.at2 < 0, -1, jobs.at2 - jobs.at), jobs.byte2
-        long = (jobs.left < jobs.at - _REACH) | (jobs.right > jobs.at + _REACH)
-        key[long, 0], key[long, 1] = -2, np.flatnonzero(long)  # the key holds too little of it: never shared
-        packed, width, get = key.tobytes(), key.shape[1] * 4, self._cells.get
-        entries = [get(packed[i : i + width], -1) for i in range(0, len(packed), width)]
-        for j, entry in enumerate(entries):
-            if entry < 0:
-                name = packed[j * width : (j + 1) * width]
-                entries[j] = self._cells.get(name, -1)
-                if entries[j] < 0:
-                    entries[j] = self._encode_cell(tokens, jobs, j)
-                    if not long[j]:
-                        self._cells[name] = entries[j]
-        return self._entries[entries]
+        long = np.flatnonzero((left[:, 0] < -_REACH) | (right[:, 0] > _REACH))
+        key[long, 0], key[long, 1] = -2, long  # the key holds too little of such a cell: never shared
+        packed, width, cells = key.tobytes(), key.shape[1] * 4, self._cells
+        names = [packed[i : i + width] for i in range(0, len(packed), width)]
+        missing = [j for j, name in enumerate(names) if name not in cells]
+        if missing:
+            self._encode_missing(tokens, jobs, names, missing)
+        found = self._entries[[cells[name] for name in names]]
+        for j in long.tolist():
+            del cells[names[j]]
+        return found
 
     def _clear(self) -> None:
         self._texts: dict[bytes, list[int]] = {}
         self._cells: dict[bytes, int] = {}
-        self._entries = np.zeros((1024, 3, 2), np.int64)
-        self._pool = np.zeros(8192, np.int64)
+        self._entries = np.zeros((0, 3, 2), np.int64)
+        self._pool = np.zeros(0, np.int64)
         self._num_entries = self._num_pool = 0
 
-    def _encode_cell(self, tokens: np.ndarray, jobs: _Jobs, j: int) -> int:
-        """Encode the parts of a cell; the number of its new entry."""
-        left, right, at, at2 = int(jobs.left[j]), int(jobs.right[j]), int(jobs.at[j]), int(jobs.at2[j])
+    def _encode_missing(self, tokens: np.ndarray, jobs: _Jobs, names: list[bytes], missing: list[int]) -> None:
+        """Add the cells of the jobs `missing` to the table."""
+        pool: list[int] = []
+        ranges: list[tuple[int, int]] = []
+        for j in missing:
+            if names[j] in self._cells:
+                continue  # twice in one batch
+            self._cells[names[j]] = self._num_entries + len(ranges) // 3
+            for text in self._cell_texts(tokens, *(int(x[j]) for x in jobs)):
+                ids = self._texts.get(text)
+                if ids is None:
+                    ids = self._texts[text] = self._encode(text)
+                ranges.append((self._num_pool + len(pool), len(ids)))
+                pool += ids
+        self._entries = _put(self._entries, self._num_entries, np.array(ranges, np.int64).reshape(-1, 3, 2))
+        self._pool = _put(self._pool, self._num_pool, np.array(pool, np.int64))
+        self._num_entries += len(ranges) // 3
+        self._num_pool += len(pool)
+
+    def _cell_texts(self, tokens: np.ndarray, left: int, right: int, at: int, byte: int, at2: int, byte2: int) -> tuple[bytes, ...]:
+        """The cell's bytes before its first cut, between its cuts, and after: (before, after, nothing) when it has one."""
         texts = [self._bytes[token] for token in tokens[left:right].tolist()]
         text = b"".join(texts)
-        cuts = [0, sum(map(len, texts[: at - left])) + int(jobs.byte[j])]
-        if at2 >= 0:
-            cuts.append(sum(map(len, texts[: at2 - left])) + int(jobs.byte2[j]))
-        entry = self._num_entries
-        self._num_entries += 1
-        if entry == len(self._entries):
-            self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
-        for part, (start, end) in enumerate(zip(cuts, [*cuts[1:], len(text)], strict=True)):
-            ids = self._encode(text[start:end])
-            while self._num_pool + len(ids) > len(self._pool):
-                self._pool = np.concatenate([self._pool, np.zeros_like(self._pool)])
-            self._pool[self._num_pool : self._num_pool + len(ids)] = ids
-            self._entries[entry, part] = self._num_pool, len(ids)
-            self._num_pool += len(ids)
-        return entry
+        first = sum(map(len, texts[: at - left])) + byte
+        if at2 < 0:
+            return text[:first], text[first:], b""
+        second = sum(map(len, texts[: at2 - left])) + byte2
+        return text[:first], text[first:second], text[second:]
 
     def _encode(self, text: bytes) -> list[int]:
         """Ids of a text; of bytes that are no whole characters (at a window's edge), those of single bytes."""
-        ids = self._texts.get(text)
-        if ids is None:
-            head = 0
-            while head < len(text) and text[head] & 0xC0 == 0x80:
-                head += 1
-            tail = len(text)
-            try:
-                body = text[head:].decode()
-            except UnicodeDecodeError as error:
-                tail = head + error.start
-                body = text[head:tail].decode()
-            ids = self._texts[text] = [*self._single_bytes(text[:head]), *self._encode_text(body), *self._single_bytes(text[tail:])]
-        return ids
+        try:
+            return self._encode_text(text.decode())
+        except UnicodeDecodeError:
+            pass
+        head = 0
+        while head < len(text) and text[head] & 0xC0 == 0x80:
+            head += 1
+        tail = len(text)
+        try:
+            body = text[head:].decode()
+        except UnicodeDecodeError as error:
+            tail = head + error.start
+            body = text[head:tail].decode()
+        return [*self._single_bytes(text[:head]), *self._encode_text(body), *self._single_bytes(text[tail:])]
 
     def _single_bytes(self, text: bytes) -> list[int]:
         return [self._byte_ids[text[k : k + 1]] for k in range(len(text))]
+
+
+def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
+    """`array` with `values` from `at` on; made longer, at least twice, when it is too short."""
+    if at + len(values) > len(array):
+        array = np.concatenate([array[:at], np.zeros((at + 2 * len(values) + 1024, *array.shape[1:]), array.dtype)])
+    array[at : at + len(values)] = values
+    return array
 
 
 class _Jobs(NamedTuple):

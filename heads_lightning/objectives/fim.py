@@ -26,7 +26,7 @@ import numpy as np
 from heads_lightning.batch import IGNORE, PADDING, Attention, Examples
 from heads_lightning.configs.objective import FIMConfig, FIMCut, FIMLevel, FIMLoss, SPMLayout
 from heads_lightning.objectives.base import Objective, SampleRandom, Vocabulary, Window, document_segments, gather_ranges, require_roles
-from heads_lightning.objectives.cuts import CharCutter, Cutter, TokenCutter
+from heads_lightning.objectives.cuts import CharCutter, Cutter, Measured, TokenCutter
 from heads_lightning.registry import ConfigError
 
 _PLAIN, _PSM, _SPM1, _SPM2 = range(4)
@@ -98,7 +98,7 @@ class FIM(Objective):
         pieces = split_pieces(tokens_BR, self.vocabulary.end_of_document)
         draws_P4 = rng.uniform_at(pieces.rows[:, None], 4 * pieces.numbers[:, None] + np.arange(4))
         tokens = tokens_BR.reshape(-1)
-        pieces, plan = self._fit(tokens, pieces, draws_P4, sequence_length)
+        pieces, plan = self._fit(self.cutter.measure(tokens), pieces, draws_P4, sequence_length)
         return self._assemble(tokens, pieces, plan, len(tokens_BR), sequence_length)
 
     def rewrite(self, stream: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -122,10 +122,10 @@ class FIM(Objective):
     def _rewrite_documents(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P4: np.ndarray) -> np.ndarray:
         bodies = starts + (tokens[starts] == self.vocabulary.end_of_document)
         pieces = _Pieces(np.arange(len(starts)), np.zeros_like(starts), starts, bodies, ends)
-        plan = self._plan(tokens, pieces, draws_P4)
+        plan = self._plan(self.cutter.measure(tokens), pieces, draws_P4)
         return self._source(tokens, plan, 0)[gather_ranges(plan.starts_PK.reshape(-1), plan.lengths_PK.reshape(-1))]
 
-    def _plan(self, tokens: np.ndarray, pieces: _Pieces, draws_P4: np.ndarray) -> _Plan:
+    def _plan(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray) -> _Plan:
         """Choose, cut and lay out; a piece without text stays as it is."""
         has_text = pieces.ends > pieces.bodies
         layout = np.where(draws_P4[:, 1] < self.config.spm_rate, self._spm, _PSM)
@@ -135,7 +135,7 @@ class FIM(Objective):
         starts_PK[:, 0], lengths_PK[:, 0] = pieces.starts, pieces.bodies - pieces.starts
         starts_PK[:, 1], lengths_PK[:, 1] = pieces.bodies, pieces.ends - pieces.bodies
         which = np.flatnonzero(modes)
-        parts = self.cutter.cut(tokens, pieces.bodies[which], pieces.ends[which], draws_P4[which, 2:])
+        parts = self.cutter.cut(text, pieces.bodies[which], pieces.ends[which], draws_P4[which, 2:])
         starts_PK[which, 1:8], lengths_PK[which, 1:8] = parts.starts_P7, parts.lengths_P7
         starts_PK[:, 8:] = np.arange(-OVERHEAD, 0)  # the sentinels are at the end of the source
         lengths_PK[which, 8:] = 1
@@ -147,9 +147,9 @@ class FIM(Objective):
         tail = np.array([self.vocabulary.padding] * padding + [*self._sentinels])
         return np.concatenate([tokens, plan.extra, tail.astype(tokens.dtype)])
 
-    def _fit(self, tokens: np.ndarray, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
+    def _fit(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
         """Pieces that fill at most `room` positions a row: the last one covers less text, and is cut anew, until it fits."""
-        plan = self._plan(tokens, pieces, draws_P4)
+        plan = self._plan(text, pieces, draws_P4)
         offsets = _offsets(pieces.rows, plan.lengths_PK.sum(axis=1))
         kept = np.flatnonzero(offsets < room)
         if len(kept) < len(offsets):
@@ -158,11 +158,11 @@ class FIM(Objective):
         limits = pieces.ends.copy()
         while len(over := np.flatnonzero(offsets + plan.lengths_PK.sum(axis=1) > room)):
             excess = offsets[over] + plan.lengths_PK[over].sum(axis=1) - room
-            ends = pieces.ends[over] - excess
+            ends = pieces.ends[over] - excess - 2  # cut anew, it is seldom of the same length: 2 spare tokens save most further turns
             plain = (plan.modes_P[over] == _PLAIN) | (ends <= pieces.bodies[over])  # no text would be left between the sentinels
             pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + room - offsets[over], limits[over]), ends)
             draws_P4[over, 0] = np.where(plain, 1.0, draws_P4[over, 0])
-            plan = _replace_rows(plan, over, self._plan(tokens, pieces.take(over), draws_P4[over]), len(tokens))
+            plan = _replace_rows(plan, over, self._plan(text, pieces.take(over), draws_P4[over]), len(text.tokens))
         return pieces, plan
 
     def _assemble(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, num_rows: int, width: int) -> Examples:
