@@ -41,6 +41,8 @@ Progress = Callable[[str, int, int], None]
 _TOKENIZER_SAMPLE_BYTES = 100_000_000
 """Text that a tokenizer is trained on, at most: parts spread evenly over the source. More changes 4k merges little and costs minutes."""
 _NAMES_SHOWN = 3
+_ASKED_FOR = _EMPTY, _SHORT, _LONG = "empty", "shorter than data.min_characters", "longer than data.max_characters"
+"""Reasons to leave a document out that need no warning; they are counted in the manifest like the others."""
 _NOT_CONTENT = ("sequence_length", "validation_sequences", "cache_dir", "prepare_processes")
 """Fields of DataConfig that leave the prepared tokens as they are."""
 
@@ -143,11 +145,11 @@ def encode_part(setup: _Setup, job: tuple[int, Any]) -> int:
 def _unwanted(data: DataConfig, document: Document) -> str:
     """Why a readable document is left out, or nothing."""
     if not document.text.strip():
-        return "empty"
+        return _EMPTY
     if len(document.text) < data.min_characters:
-        return "shorter than data.min_characters"
+        return _SHORT
     if data.max_characters is not None and len(document.text) > data.max_characters:
-        return "longer than data.max_characters"
+        return _LONG
     return ""
 
 
@@ -251,7 +253,7 @@ class _Preparation:
     def _append(self, part: dict[str, np.ndarray], writers: dict[str, ShardWriter], seen: set[bytes]) -> None:
         for name, problem in json.loads(part["problems"].tobytes()):
             self._problems[problem] += 1
-            if problem != "empty":
+            if problem not in _ASKED_FOR:
                 self._problem_names.append(f"{name} ({problem})")
         ends = np.cumsum(part["lengths"])
         for i, end in enumerate(ends.tolist()):
