@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 C = TypeVar("C")
+T = TypeVar("T", bound=type)
 
 PLUGIN_GROUP = "heads_lightning.plugins"
 """Entry-point group of third-party parts: importing the named module registers them."""
@@ -52,20 +53,21 @@ class Registry(Generic[C]):
         self._options: dict[str, type[C]] = {}
         Registry.groups[group] = self
 
-    def register(self, name: str) -> Callable[[type[C]], type[C]]:
+    def register(self, name: str) -> Callable[[T], T]:
         """Class decorator: make the dataclass the option `name`. Its field `name` must default to the same word."""
 
-        def decorate(cls: type[C]) -> type[C]:
+        def decorate(option: T) -> T:
+            cls: type = option
             taken = self._options.get(name)
             if taken is not None and _place(taken) != _place(cls):
                 raise ConfigError(f"{self.group}={name} is registered twice: by {_place(taken)} and by {_place(cls)}; rename one of them")
-            if not (is_dataclass(cls) and issubclass(cls, self.base)):
+            if not is_dataclass(cls) or not issubclass(cls, self.base):
                 raise TypeError(f"{cls.__qualname__} must be a dataclass that extends {self.base.__qualname__}")
             declared = next((f.default for f in fields(cls) if f.name == "name"), None)
             if str(getattr(declared, "value", declared)) != name:
                 raise TypeError(f"{cls.__qualname__} is registered as {name!r} but its field `name` is {declared!r}")
             self._options[name] = cls
-            return cls
+            return option
 
         return decorate
 
