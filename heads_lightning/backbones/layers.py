@@ -41,11 +41,11 @@ class Reading(NamedTuple):
     bias_B1ST: Tensor | None
     """Added to the attention scores, 0 or -inf, in compute_dtype. None: `causal` says it all."""
     causal: bool
-    """Every query sees the keys up to its own index (only without bias)."""
+    """No query sees a key after its own index (queries and keys are the same positions)."""
     compute_dtype: torch.dtype
     """Type in which matrices are multiplied: autocast's, or the parameters'."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """cos and sin of the rotary angles, [S, 1, E/2] or [B, S, 1, E/2]."""
+    """Factors of `rotate`, [S, 1, E] or [B, S, 1, E], in compute_dtype."""
 
 
 class KeyValueCache(Cache):
@@ -100,8 +100,8 @@ def prepare_reading(batch: Batch, cache: Cache | None, like: Tensor, rotary_dim:
     positions = index[old:] if segments_BT is None else positions_in_segments(segments_BT)[:, old:]
     plain = segments_BT is None and batch.attention != Attention.prefix and (old == 0 or size == 1)
     bias = None if plain else attention_bias(batch, segments_BT, index, size, dtype)
-    causal = plain and batch.attention == Attention.causal and old == 0
-    rotary = None if rotary_dim is None else rotary_angles(positions, rotary_dim, rotary_base, like.dtype)
+    causal = batch.attention == Attention.causal and old == 0
+    rotary = None if rotary_dim is None else rotary_tables(positions, rotary_dim, rotary_base, like, dtype)
     return Reading(positions, bias, causal, dtype, rotary)
 
 
@@ -138,28 +138,63 @@ def attention_bias(batch: Batch, segments_BT: Tensor | None, index_T: Tensor, si
     return bias_BST[:, None]
 
 
-def rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · base^(-2i/E) for i < E/2 (arXiv 2104.09864, eq. 15), in fp32 or better."""
-    exact = torch.promote_types(dtype, torch.float32)
+def rotary_tables(positions: Tensor, rotary_dim: int, base: float, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Factors of `rotate` for angles position · base^(-2i/E), i < E/2 (arXiv 2104.09864, eq. 15), computed in fp32 or better."""
+    exact = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device).to(exact) / rotary_dim
     angles = positions[..., None, None].to(exact) * base**-exponent
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x_BSHE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + E/2) of each head by the angles of its position: the layout of Llama and GPT-NeoX."""
+    """Rotate the pairs (i, i + E/2) of each head by the angles of its position: the layout of Llama and GPT-NeoX.
+
+    In the type of matrix products, as transformers does; written with roll, it takes a third of the time of the textbook form in bf16.
+    """
     cos, sin = rotary
-    a, b = x_BSHE.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BSHE.dtype)
+    return x_BSHE * cos + x_BSHE.roll(x_BSHE.shape[-1] // 2, dims=-1) * sin
 
 
 def attend(q_BHSE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, reading: Reading, scale: float) -> Tensor:
     """Attention output, [B, S, H·E]. Groups of H/K query heads share a key/value head."""
-    shared = q_BHSE.shape[1] != k_BKTE.shape[1]
-    y_BHSE = F.scaled_dot_product_attention(
-        q_BHSE, k_BKTE, v_BKTE, attn_mask=reading.bias_B1ST, is_causal=reading.causal, scale=scale, enable_gqa=shared
-    )
+    size = q_BHSE.shape[2]
+    if q_BHSE.device.type == "cpu" and reading.compute_dtype == torch.bfloat16 and 1 < size == k_BKTE.shape[2] <= LONGEST_IN_BLOCKS:
+        y_BHSE = attend_in_blocks(q_BHSE, k_BKTE, v_BKTE, reading, scale)
+    else:
+        y_BHSE = F.scaled_dot_product_attention(
+            q_BHSE,
+            k_BKTE,
+            v_BKTE,
+            attn_mask=reading.bias_B1ST,
+            is_causal=reading.causal and reading.bias_B1ST is None,
+            scale=scale,
+            enable_gqa=q_BHSE.shape[1] != k_BKTE.shape[1],
+        )
     return y_BHSE.transpose(1, 2).flatten(2)
+
+
+def attend_in_blocks(q_BHSE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, reading: Reading, scale: float) -> Tensor:
+    """The same attention from plain matrix products, a block of queries at a time; [B, H, S, E].
+
+    For bf16 on CPUs, whose fused kernel takes twice as long (forward and backward, B 16, H 4, E 64, two cores: 31 against 15 ms at
+    S 256, 102 against 54 ms at S 512), because the plain products use the processor's bf16 instructions.
+    """
+    groups, size = q_BHSE.shape[1] // k_BKSE.shape[1], q_BHSE.shape[2]
+    q_BHSE = (q_BHSE * scale).contiguous()
+    k_BHES = k_BKSE.repeat_interleave(groups, dim=1).contiguous().transpose(2, 3)
+    v_BHSE = v_BKSE.repeat_interleave(groups, dim=1).contiguous()
+    outputs = []
+    for start in range(0, size, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, size)
+        keys = end if reading.causal else size
+        scores = q_BHSE[:, :, start:end] @ k_BHES[..., :keys]
+        if reading.bias_B1ST is not None:
+            scores = scores + reading.bias_B1ST[:, :, start:end, :keys]
+        elif reading.causal:
+            scores = scores + scores.new_full((end - start, keys), float("-inf")).triu(start + 1)
+        outputs.append(scores.softmax(dim=-1) @ v_BHSE[:, :, :keys])
+    return torch.cat(outputs, dim=2)
 
 
 def make_norm(kind: NormType, width: int, *, eps: float, bias: bool) -> nn.Module:
