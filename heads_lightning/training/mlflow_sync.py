@@ -210,8 +210,6 @@ def _main_follow(run_dir: Path, parent: int) -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    with suppress(OSError, AttributeError):
-        os.nice(5)  # training comes first
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     run = open_folder(run_dir, os.environ.get(ADDRESS_VARIABLE), tell_process)
     with file_lock(run.run_dir / f".{LOG}.lock"):
