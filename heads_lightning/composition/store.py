@@ -5,9 +5,10 @@ with no YAML at all; files in `conf/` add sizes and recipes on top.
 """
 
 import warnings
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -59,6 +60,25 @@ def store_options() -> None:
     for group, registry in Registry.groups.items():
         for name, cls in registry.items():
             store.store(group=group, name=name, node=_node(cls), provider=cls.__module__)
+    for group, options in sections().items():
+        for name, node in options.items():
+            store.store(group=group, name=name, node=node, provider=type(node).__module__)
+
+
+def sections() -> dict[str, dict[str, Any]]:
+    """Groups inside a group, `head/layer_norm`: fields that hold settings of their own and may be null.
+
+    OmegaConf 2.3 fails inside when a field of a null section is set, so such a section is chosen like an option, by its `name`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for group, registry in Registry.groups.items():
+        for _, cls in registry.items():
+            for field, hint in get_type_hints(cls).items():
+                section = next((arg for arg in get_args(hint) if is_dataclass(arg)), None)
+                if isinstance(section, type) and type(None) in get_args(hint):
+                    members = get_type_hints(section)["name"]
+                    found[f"{group}/{field}"] = {member.value: section(name=member) for member in members}
+    return found
 
 
 def _node(cls: type) -> Any:
