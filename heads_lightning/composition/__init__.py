@@ -1,11 +1,11 @@
 """Composition: from files, registry, plugins and command line to one typed, checked ExperimentConfig. No torch.
 
-    store.py       conf/ + registry + plugins -> Hydra
-    compose.py     overrides -> ExperimentConfig
-    mistakes.py    Hydra's and OmegaConf's errors -> one line that names the override that works
-    validation.py  the parts checked together, and against this machine
-    saved.py       ExperimentConfig <-> plain YAML, without Hydra
-    describe.py    what can be set: fields, types, defaults, documentation
+store.py       conf/ + registry + plugins -> Hydra
+compose.py     overrides -> ExperimentConfig
+mistakes.py    Hydra's and OmegaConf's errors -> one line that names the override that works
+validation.py  the parts checked together, and against this machine
+saved.py       ExperimentConfig <-> plain YAML, without Hydra
+describe.py    what can be set: fields, types, defaults, documentation
 """
 
 from heads_lightning.composition.compose import compose, compose_tree, to_experiment

@@ -105,7 +105,7 @@ def check_overrides(overrides: Sequence[str], config_dir: str | Path | None = No
             _check_addition(key, text)
         elif override.is_delete():
             if not key.startswith("extra."):
-                raise ConfigError(f"`{text}`: nothing can be taken out; choose another option, or set a field to null where null is allowed")
+                raise ConfigError(f"`{text}`: nothing can be taken out; choose another option, or set a field to null where it may be")
         elif override.package is not None:
             raise ConfigError(f"`{text}`: options stay in their own group; write {key}={override.get_value_string()}")
         elif override.is_sweep_override() and not sweep:
@@ -188,8 +188,9 @@ def _file_of(error: BaseException) -> str:
 def _missing_file(error: MissingConfigException, config_dir: str | Path | None) -> str:
     group, _, name = str(error.missing_cfg_file or "").rpartition("/")
     if group == "hydra/launcher":
-        known = f" is not installed: pip install {LAUNCHERS[name]}" if name in LAUNCHERS else f" does not exist.{_near(name, LAUNCHERS, f'{group}=')}"
-        return f"{group}={name}{known}"
+        if name in LAUNCHERS:
+            return f"{group}={name} is not installed: pip install {LAUNCHERS[name]}"
+        return f"{group}={name} does not exist.{_near(name, LAUNCHERS, f'{group}=')} Known: basic, {', '.join(LAUNCHERS)}"
     if group in groups():
         return unknown_option(group, name, config_dir)
     return f"there is no configuration file {error.missing_cfg_file}.yaml in conf/ or in --config-dir"

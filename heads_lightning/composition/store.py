@@ -77,7 +77,7 @@ def sections() -> dict[str, dict[str, Any]]:
                 section = next((arg for arg in get_args(hint) if is_dataclass(arg)), None)
                 if isinstance(section, type) and type(None) in get_args(hint):
                     members = get_type_hints(section)["name"]
-                    found[f"{group}/{field}"] = {member.value: section(name=member) for member in members}
+                    found[f"{group}/{field}"] = {member.value: section(name=member) for member in members}  # pyright: ignore[reportCallIssue]
     return found
 
 
