@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import traceback as tracebacks
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from heads_lightning import __version__
 from heads_lightning.registry import ConfigError, nearest
 
 PROGRAM = "heads-lightning"
+OWN_WARNING = "heads_lightning"
 COMPLETION = ("-sc", "--shell-completion")
 
 
@@ -171,6 +173,7 @@ def complete(arguments: list[str]) -> int:
 def guarded(action: Callable[[], int], *, traceback: bool) -> int:
     """Call `action`; what it raises becomes an exit code and, for a user's mistake, one line on standard error."""
     logging.raiseExceptions = False  # `… | head` closes our output; logging would print a traceback for every line after that
+    warnings.formatwarning = _plain_warning
     _raise_on_sigterm()
     try:
         code = action()
@@ -192,6 +195,11 @@ def guarded(action: Callable[[], int], *, traceback: bool) -> int:
     except Exception as error:
         _report_failure(error, full=traceback)
         return 1
+
+
+def _plain_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings (store.py names no file for them) in one line; others as Python writes them."""
+    return f"{PROGRAM}: warning: {message}\n" if filename == OWN_WARNING else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _report_failure(error: Exception, *, full: bool) -> None:

@@ -18,7 +18,7 @@ from heads_lightning.composition.describe import (
 )
 from heads_lightning.composition.mistakes import unknown_field, unknown_option
 from heads_lightning.composition.saved import plain
-from heads_lightning.composition.store import prepare_store
+from heads_lightning.composition.store import SHIPPED, prepare_store
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, Registry, nearest
 
@@ -89,11 +89,15 @@ def _fields(prefix: str, cls: type, *, as_text: bool) -> None:
     if not as_text:
         as_json({f"{prefix}.{field.name}": _entry(field) for field in fields})
     elif fields:
-        table(
-            [(f"  {prefix}.{f.name}", f.type_name, text_of(plain(f.default)), f.doc) for f in fields], ("  setting", "type", "default", "")
-        )
+        table([(f"  {prefix}.{f.name}", f.type_name, _default(f), f.doc) for f in fields], ("  setting", "type", "default", ""))
     else:
         print("  no fields")
+
+
+def _default(field: Field) -> str:
+    """The default; where a run starts with another one, that too."""
+    shipped = f" (runs: {SHIPPED[field.name]})" if field.name in SHIPPED else ""
+    return text_of(plain(field.default)) + shipped
 
 
 def _entry(field: Field) -> dict[str, Any]:
@@ -112,6 +116,9 @@ def _field(group: str, name: str, *, as_text: bool) -> None:
     if not as_text:
         as_json({where: _entry(field) for where, field in found.items()})
         return
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for where, field in found.items():
-        title(f"{group}.{name} ({where}): {field.type_name}, default {text_of(plain(field.default))}. {field.doc}")
-        table([(f"  {member}", doc) for member, doc in field.members.items()])
+        alike.setdefault((field.type_name, _default(field), field.doc), []).append(where)
+    for (kind, default, doc), places in alike.items():
+        title(f"{group}.{name} ({', '.join(places)}): {kind}, default {default}. {doc}")
+        table([(f"  {member}", text) for member, text in found[places[0]].members.items()])

@@ -67,8 +67,8 @@ def _replayed(overrides: Sequence[str], config_dir: str | Path | None, config_na
             prefix = f"{default.package}." if default.package else ""
             origins |= dict.fromkeys((f"{prefix}{key}" for key in _set_by(file)), _file_label(path, config_dir))
     for override in parse(overrides):
-        group = override.key_or_group in Registry.groups
-        origins[f"{override.key_or_group}.name" if group else override.key_or_group] = "command line"
+        key = override.key_or_group
+        origins[f"{key}.name" if key in Registry.groups else key.replace("/", ".")] = "command line"
     return origins
 
 
