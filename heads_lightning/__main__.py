@@ -4,44 +4,23 @@ Commands are imported when they are called, and none imports torch before it nee
 mistake are answered in a fraction of a second. Exit codes: 0 done, 1 failed, 2 the user's mistake, 130 Ctrl-C, 143 SIGTERM.
 """
 
-import importlib
-import importlib.util
+import os
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+
+USER_WANTS_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+"""Read before Hydra is told to raise instead of print (commands/hydra_application.py)."""
 
 
-class Command(NamedTuple):
-    """A command of the program."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns the exit code.
 
-    target: str
-    """`module:function`; the function takes the arguments after the command's name."""
-    summary: str
-    """One line for the list of commands."""
-    usage: str
-    """What follows the command's name."""
-    examples: tuple[str, str]
-    """Two lines that work as they are."""
-
-
-HYDRA = "[GROUP=OPTION] [GROUP.FIELD=VALUE] … [-m] [--cfg job]"
-
-COMMANDS: dict[str, Command] = {
-    "train": Command(
-        "heads_lightning.commands.hydra_application:train",
-        "prepare data, train, evaluate, save",
-        HYDRA,
-        ("train experiment=fim_proof", "train -m objective=causal,fim head.loss_implementation=default,chunked"),
-    ),
-}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code."""
+    Args:
+        arguments: what follows the program's name; None: the process's own.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    module, function = COMMANDS[arguments[0]].target.split(":")
-    getattr(importlib.import_module(module), function)(arguments[1:])
-    return 0
+    from heads_lightning.commands import dispatch
+
+    return dispatch.guarded(lambda: dispatch.run(arguments), traceback=USER_WANTS_TRACEBACK)
 
 
 if __name__ == "__main__":

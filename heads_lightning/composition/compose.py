@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from heads_lightning.composition.mistakes import explained, refuse_additions
+from heads_lightning.composition.mistakes import check_overrides, explained, refuse_loose_values
 from heads_lightning.composition.store import conf_dir, prepare_store, version_base
 from heads_lightning.composition.validation import validate
 from heads_lightning.configs.experiment import ExperimentConfig
@@ -31,7 +31,7 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 def compose_tree(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str = "train") -> DictConfig:
     """The composed tree before it becomes an ExperimentConfig: interpolations are not resolved, parts are not checked together."""
     with initialized(config_dir), explained(overrides, config_dir):
-        refuse_additions(overrides)
+        check_overrides(overrides, config_dir)
         return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir)])
 
 
@@ -59,5 +59,6 @@ def to_experiment(tree: DictConfig, overrides: Sequence[str] = ()) -> Experiment
     with explained(overrides):
         config = OmegaConf.to_object(tree)
     assert isinstance(config, ExperimentConfig)
+    refuse_loose_values(config, overrides)
     validate(config)
     return config
