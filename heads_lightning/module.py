@@ -21,10 +21,11 @@ from heads_lightning.batch import IGNORE, Batch
 from heads_lightning.configs.optimizer import OptimizerConfig
 from heads_lightning.configs.schedule import ScheduleConfig
 from heads_lightning.heads.base import Head
+from heads_lightning.registry import RunError
 from heads_lightning.training.optimizers import build_optimizer
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunError):
     """Training cannot go on; the message says why and what the last batch held."""
 
 

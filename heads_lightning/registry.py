@@ -30,6 +30,10 @@ class ConfigError(ValueError):
     """A mistake of the user's: one line that says what was given, what is allowed and the override that works."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason that one line explains; nobody's typing mistake, and no fault of the program's."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean X?` for the nearest of `known`, or nothing when none is near."""
     match = difflib.get_close_matches(word, [str(k) for k in known], n=1, cutoff=0.55)

@@ -26,7 +26,8 @@ from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
 from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
-from heads_lightning.training.tracking import RunLog, RunLogger, open_run
+from heads_lightning.training.run_logger import RunLogger
+from heads_lightning.training.tracking import RunLog, open_run
 from heads_lightning.training.trainer import build_trainer, resolve_precision
 
 
@@ -56,7 +57,6 @@ def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = 
     run_dir.mkdir(parents=True, exist_ok=True)
     config = _settle(config)
     text = to_yaml(config)
-    (run_dir / "config.yaml").write_text(text)
     with open_run(
         config.tracking,
         run_dir=run_dir,

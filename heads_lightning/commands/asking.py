@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,15 +11,6 @@ from heads_lightning.configs.requests import SamplingRequest
 from heads_lightning.experiment import TrainedModel, load
 from heads_lightning.generation import generate
 from heads_lightning.registry import ConfigError
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Fields before `--` and texts after it."""
-    arguments = list(arguments)
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
 
 
 def read_text(path: str, field: str) -> str:

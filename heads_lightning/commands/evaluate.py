@@ -6,13 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from heads_lightning.composition.requests import parse_request
+from heads_lightning.commands.arguments import read
 from heads_lightning.configs.requests import EvaluateRequest
 
+Arguments = EvaluateRequest
+"""What the command takes."""
 
-def run(arguments: Sequence[str]) -> None:
+
+def main(arguments: Sequence[str]) -> None:
     """`heads-lightning evaluate checkpoint=RUN [infill_lines=N] [json=true]`."""
-    request = parse_request(EvaluateRequest, arguments)
+    request, _ = read(EvaluateRequest, arguments)
     from heads_lightning.data.prepare import prepare
     from heads_lightning.experiment import load
     from heads_lightning.scoring import evaluate

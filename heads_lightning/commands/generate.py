@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heads_lightning.composition.requests import parse_request
+from heads_lightning.commands.arguments import read
 from heads_lightning.configs.requests import GenerateRequest
 from heads_lightning.registry import ConfigError
 
+Arguments = GenerateRequest
+"""What the command takes."""
 
-def run(arguments: Sequence[str]) -> None:
+
+def main(arguments: Sequence[str]) -> None:
     """`heads-lightning generate checkpoint=RUN (prompt=TEXT | prompt_file=FILE | -- TEXT | < FILE)`."""
     from heads_lightning.commands import asking
 
-    fields, texts = asking.split_arguments(arguments)
-    request = parse_request(GenerateRequest, fields)
+    request, texts = read(GenerateRequest, arguments)
     prompt = _prompt(request, texts)
     model = asking.load_model(request)
     from heads_lightning.scoring import can_read_left_to_right

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from heads_lightning.composition.requests import parse_request
+from heads_lightning.commands.arguments import read
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.registry import ConfigError
 
 HOLE = "<FILL>"
 """Marks the hole in a text on standard input."""
 
+Arguments = InfillRequest
+"""What the command takes."""
 
-def run(arguments: Sequence[str]) -> None:
+
+def main(arguments: Sequence[str]) -> None:
     """`heads-lightning infill checkpoint=RUN (prefix_file=A suffix_file=B | -- PREFIX SUFFIX | < TEXT_WITH_<FILL>)`."""
     from heads_lightning.commands import asking
 
-    fields, texts = asking.split_arguments(arguments)
-    request = parse_request(InfillRequest, fields)
+    request, texts = read(InfillRequest, arguments)
     prefix, suffix = _parts(request, texts)
     from heads_lightning.scoring import infill
 

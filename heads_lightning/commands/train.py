@@ -1,5 +1,6 @@
 """Train: build everything that a configuration describes, run it, report."""
 
+import sys
 from pathlib import Path
 
 from heads_lightning.configs.experiment import ExperimentConfig
@@ -10,8 +11,23 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
     if config.resume is not None:
         config, run_dir = _resumed(config)
     from heads_lightning.run import train
+    from heads_lightning.training.callbacks import Interrupted
 
-    return train(config, run_dir).metrics.get("val/loss")
+    try:
+        return train(config, run_dir, parent=_sweep_dir()).metrics.get("val/loss")
+    except Interrupted as stop:
+        print(f"heads-lightning: {stop}\n  go on with: heads-lightning train resume={run_dir}", file=sys.stderr)
+        raise
+
+
+def _sweep_dir() -> str | None:
+    """The folder of the sweep that this run is a cell of."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return HydraConfig.get().sweep.dir
 
 
 def _resumed(config: ExperimentConfig) -> tuple[ExperimentConfig, Path]:

@@ -1,4 +1,4 @@
-"""Prepared data to Lightning: an endless loader of micro-batches, a fixed one for validation.
+"""Prepared data to Lightning: a loader of optimizer steps, and a fixed one for validation.
 
 Choices. Step t of the optimizer reads samples t*G … t*G + G - 1 (G = global batch size); of each step every rank makes its own fixed
 share at once and cuts it into micro-batches. So every micro-batch knows how many targets the share has, the position in the data is a
@@ -63,41 +63,43 @@ class StepBatches:
 
 
 class TrainLoader:
-    """Endless iterable of micro-batches from a given step on.
+    """One item per optimizer step of the run: the list of this rank's micro-batches.
 
     Args:
         batches: of each step.
+        total_steps: of the run; the length of the loader, wherever it begins.
         first_step: to begin with.
         prefetch: make the next step in a thread while this one is used; the batches are the same.
     """
 
-    def __init__(self, batches: StepBatches, *, first_step: int = 0, prefetch: bool = True) -> None:
-        self._batches, self._first_step, self._prefetch = batches, first_step, prefetch
+    def __init__(self, batches: StepBatches, *, total_steps: int, first_step: int = 0, prefetch: bool = True) -> None:
+        self._batches, self._total_steps, self._first_step, self._prefetch = batches, total_steps, first_step, prefetch
         self.wait_seconds = 0.0
         """Time spent waiting for a step that was not ready, the first one (which nothing could have made ahead) not counted."""
+
+    def __len__(self) -> int:
+        return self._total_steps
 
     def seek(self, step: int) -> None:
         """Begin the next iteration at a step."""
         self._first_step = step
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self._ahead(self._first_step) if self._prefetch else self._plain(self._first_step)
+    def __iter__(self) -> Iterator[list[Batch]]:
+        steps = range(self._first_step, self._total_steps)
+        return self._ahead(steps) if self._prefetch else map(self._batches.step, steps)
 
-    def _plain(self, step: int) -> Iterator[Batch]:
-        while True:
-            yield from self._batches.step(step)
-            step += 1
-
-    def _ahead(self, step: int) -> Iterator[Batch]:
+    def _ahead(self, steps: range) -> Iterator[list[Batch]]:
+        if not steps:
+            return
         with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
-            current = self._batches.step(step)
-            while True:
-                coming = thread.submit(self._batches.step, step + 1)
-                yield from current
+            current = self._batches.step(steps[0])
+            for step in steps[1:]:
+                coming = thread.submit(self._batches.step, step)
+                yield current
                 started = time.perf_counter()
                 current = coming.result()
                 self.wait_seconds += time.perf_counter() - started
-                step += 1
+            yield current
 
 
 class ValidationLoader:
@@ -137,6 +139,7 @@ class TokenDataModule(lightning.LightningDataModule):
         global_batch_size: sequences of an optimizer step, over all ranks.
         micro_batch_size: sequences of one forward pass, at most.
         seed: of the order and the transforms of training.
+        total_steps: optimizer steps of the run.
         validation_sequences: sequences of a validation; fewer if the split has fewer.
         rank: of this process; None: the trainer's (0 without one).
         world_size: processes in all; None: the trainer's (1 without one).
@@ -152,6 +155,7 @@ class TokenDataModule(lightning.LightningDataModule):
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
+        total_steps: int,
         validation_sequences: int = 128,
         rank: int | None = None,
         world_size: int | None = None,
@@ -160,7 +164,7 @@ class TokenDataModule(lightning.LightningDataModule):
         super().__init__()
         self.prepared, self.objective = prepared, objective
         self.sequence_length, self.global_batch_size, self.micro_batch_size = sequence_length, global_batch_size, micro_batch_size
-        self.seed, self._prefetch = seed, prefetch
+        self.seed, self.total_steps, self._prefetch = seed, total_steps, prefetch
         self._rank, self._world_size = rank, world_size
         self._next_step = 0
         self._loader: TrainLoader | None = None
@@ -210,7 +214,7 @@ class TokenDataModule(lightning.LightningDataModule):
         return 0.0 if self._loader is None else self._loader.wait_seconds
 
     def train_dataloader(self) -> TrainLoader:
-        """Endless; position by `seek`."""
+        """The steps of the run from the position on (`seek`)."""
         rank, world_size = self._place()
         batches = StepBatches(
             self.train_stream,
@@ -220,7 +224,9 @@ class TokenDataModule(lightning.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        self._loader = TrainLoader(batches, first_step=self._next_step, prefetch=self._prefetch)
+        self._loader = TrainLoader(
+            batches, total_steps=self.total_steps, first_step=self._next_step, prefetch=self._prefetch
+        )
         return self._loader
 
     def val_dataloader(self) -> ValidationLoader:
@@ -235,9 +241,11 @@ class TokenDataModule(lightning.LightningDataModule):
             world_size=world_size,
         )
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Called by Lightning."""
-        return batch.to(device, non_blocking=True)
+    def transfer_batch_to_device(self, batch: Batch | list[Batch], device: torch.device, dataloader_idx: int) -> Batch | list[Batch]:
+        """Called by Lightning with a step's micro-batches or with one of validation."""
+        if isinstance(batch, Batch):
+            return batch.to(device, non_blocking=True)
+        return [micro_batch.to(device, non_blocking=True) for micro_batch in batch]
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer

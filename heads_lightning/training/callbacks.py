@@ -30,13 +30,16 @@ from heads_lightning.training.checkpoints import (
 )
 
 
-class Interrupted(Exception):
-    """Training was asked to stop by a signal; the step was finished and saved."""
+class Interrupted(SystemExit):
+    """Training was asked to stop by a signal; the step was finished and saved. Exits with 128 + the signal's number, as shells expect."""
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; saved {checkpoint}")
+        super().__init__(128 + signal_number)
         self.signal_number = signal_number
         self.checkpoint = checkpoint
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signal_number).name} after a whole step; saved {self.checkpoint}"
 
 
 class MetricsCallback(Callback):
