@@ -226,7 +226,8 @@ class SelfAttention(nn.Module):
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
         q, k, v = self.query(x_BSD).view(heads), self.key(x_BSD).view(heads), self.value(x_BSD).view(heads)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+            exact = self.query_norm.weight.dtype  # under autocast q and k are coarser; torch warns where a norm meets two types
+            q, k = self.query_norm(q.to(exact)).to(v.dtype), self.key_norm(k.to(exact)).to(v.dtype)
         if reading.rotary is not None:
             q, k = rotate(q, reading.rotary), rotate(k, reading.rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
