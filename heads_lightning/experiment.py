@@ -54,7 +54,8 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
     """The head that fits a backbone."""
     assert isinstance(config.head, LMHeadConfig)
-    return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=backbone.embedding)
+    embedding = backbone.embedding if config.head.tie_embeddings else None
+    return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
 
 
 def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:

@@ -10,6 +10,8 @@ The run folder explains itself:
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,7 @@ def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = 
         parent=parent,
         resume=config.resume is not None,
     ) as log:
-        experiment = build(config, say=lambda line: console.print(line, highlight=False))
+        experiment = build(config, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
         return _fit(experiment, run_dir, log, console, text)
 
 
@@ -96,6 +98,7 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
     callbacks: list[Any] = [metrics, checkpoints]
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
+    _quiet_lightning()
     trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
     _say_what_runs(experiment, console, trainer)
     trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))
@@ -108,6 +111,15 @@ def _resume_path(config: ExperimentConfig) -> Path | None:
     return find_checkpoint(config.resume, config.run_root) if config.resume else None
 
 
+def _quiet_lightning() -> None:
+    """Lightning announces devices and tips at INFO; the run says in its own line what matters."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # one process makes batches faster than workers could hand them over (see data.datamodule)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
 def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.Trainer) -> None:
     config, prepared = experiment.config, experiment.prepared
     parameters = sum({id(p): p.numel() for p in experiment.module.parameters()}.values())
@@ -117,6 +129,7 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
         f"{tokens / 1e6:.1f} M positions in {config.trainer.steps(config.data.sequence_length)} steps "
         f"({tokens / max(prepared.train.tokens, 1):.1f} passes) · {config.trainer.precision} · {trainer.world_size} device(s)",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -155,5 +168,5 @@ def _conclude(
     )
     (run_dir / "summary.txt").write_text(text)
     log.log_text("summary.txt", text)
-    console.print(text, highlight=False, markup=False)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     return result

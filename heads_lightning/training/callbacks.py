@@ -43,10 +43,10 @@ class Interrupted(SystemExit):
 
 
 class MetricsCallback(Callback):
-    """Reads the module's sums every n steps and hands the means to `log`.
+    """Reads the module's sums every n steps and hands the means to `record`.
 
     Args:
-        log: receives (values, step, tokens).
+        record: receives (values, step, tokens). (Not named `log`: Lightning puts its own `log` on callbacks.)
         every_steps: optimizer steps between points.
         waited_seconds: total seconds that the loader has kept training waiting so far.
         tokens_per_step: positions of one optimizer step, over all ranks.
@@ -54,13 +54,13 @@ class MetricsCallback(Callback):
 
     def __init__(
         self,
-        log: Callable[[dict[str, float], int, int], None],
+        record: Callable[[dict[str, float], int, int], None],
         *,
         every_steps: int,
         waited_seconds: Callable[[], float],
         tokens_per_step: int,
     ) -> None:
-        self.log = log
+        self.record = record
         self.every_steps = every_steps
         self.waited_seconds = waited_seconds
         self.tokens_per_step = tokens_per_step
@@ -84,9 +84,9 @@ class MetricsCallback(Callback):
         if trainer.training or trainer.fit_loop.epoch_loop.val_loop is trainer._active_loop:
             self._since += time.perf_counter() - self._pause
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        step = trainer.global_step + getattr(pl_module, "bad_steps", 0) * 0
+        step = trainer.global_step
         self.latest |= values
-        self.log(values, step, step * self.tokens_per_step)
+        self.record(values, step, step * self.tokens_per_step)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,7 +98,7 @@ class MetricsCallback(Callback):
             return
         values = self._values(trainer, pl_module)
         self.latest |= values
-        self.log(values, step, step * self.tokens_per_step)
+        self.record(values, step, step * self.tokens_per_step)
         pl_module.totals.clear()
         self._restart_clock()
 
