@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
 from heads_lightning.backbones.base import Backbone
@@ -116,8 +117,8 @@ class LanguageModule(lightning.LightningModule):
     def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged once a step, with the last micro-batch."""
         strategy = self.trainer.strategy
-        if local and strategy._backward_sync_control is not None:
-            return strategy._backward_sync_control.no_backward_sync(strategy.model, enabled=True)
+        if local and isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
         return contextlib.nullcontext()
 
     def _sum_over_ranks(self, count: int) -> int:

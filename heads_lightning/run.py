@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from rich.console import Console
 
 from heads_lightning.composition import flatten, machine_problems, to_yaml
@@ -99,6 +101,8 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()
+    # dropout draws from the global generators; ranks must not drop the same units
+    torch.manual_seed(config.seed * 1_000_003 + int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))))
     trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
     _say_what_runs(experiment, console, trainer)
     trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))

@@ -75,15 +75,26 @@ def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tiny: list[str], tmp_path: Path, optimizer: str) -> None:
-    overrides = [*tiny, f"optimizer={optimizer}", "backbone.dropout=0.1", "schedule=constant", "trainer.micro_batch_size=4"]
-    train(compose([*overrides, "trainer.max_steps=6"]), tmp_path / "whole")
-    train(compose([*overrides, "trainer.max_steps=3"]), tmp_path / "broken")
-    config = compose([*overrides, "trainer.max_steps=6", f"resume={tmp_path / 'broken'}"])
-    train(config, tmp_path / "broken")
-    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "broken")) == 0.0
-    whole, broken = points(tmp_path / "whole"), points(tmp_path / "broken")
-    keep = lambda rows: [(p["step"], p["train/loss"]) for p in rows if "train/loss" in p]  # noqa: E731
-    assert keep(broken) == keep(whole)
+    """Break a copy of a run as a kill does: the newest checkpoint is that of step 3, step 4 was logged already."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = ["backbone.dropout=0.1", "trainer.micro_batch_size=4", "trainer.max_steps=6", "trainer.checkpoint_every_steps=3"]
+    overrides = [*tiny, f"optimizer={optimizer}", *changes]
+    train(compose(overrides), whole)
+    shutil.copytree(whole, broken)
+    checkpoint_path(broken, 6).unlink()
+    rows = (broken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= 4))
+    train(compose([*overrides, f"resume={broken}"]), broken)
+    assert largest_difference(weights(whole), weights(broken)) == 0.0
+    losses = [[(p["step"], p["train/loss"]) for p in points(run) if "train/loss" in p] for run in (whole, broken)]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_can_be_trained_further(tiny: list[str], tmp_path: Path) -> None:
+    train(compose(tiny), tmp_path / "run")
+    train(compose([*tiny, "trainer.max_steps=6", f"resume={tmp_path / 'run'}"]), tmp_path / "run")
+    assert read_checkpoint(newest_checkpoint(tmp_path / "run"))["global_step"] == 6
 
 
 def test_a_different_seed_gives_different_weights(tiny: list[str], tmp_path: Path) -> None:

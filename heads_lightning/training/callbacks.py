@@ -207,6 +207,8 @@ class CheckpointCallback(Callback):
         """Add what Lightning does not save."""
         assert isinstance(pl_module, LanguageModule)
         checkpoint[KEY] = {**self.record, "random_state": random_state(), "bad_steps": pl_module.bad_steps}
+        # what was the last step of this run need not be of the run that goes on from it
+        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
 
     def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the random state: it is set when training starts, after everything else has drawn."""
@@ -240,7 +242,9 @@ class CheckpointCallback(Callback):
             if trainer.world_size > 1
             else (self._stop_signal is not None)
         )
-        if stop or step % self.every_steps == 0:
+        # the last step too: after the epoch has ended, Lightning's counters would say that there is nothing to go on with
+        last = step == trainer.num_training_batches
+        if stop or last or step % self.every_steps == 0:
             self.save(trainer, step)
         if stop:
             raise Interrupted(self._stop_signal or signal.SIGTERM, checkpoint_path(self.run_dir, step))
@@ -263,8 +267,7 @@ class CheckpointCallback(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Nothing is left unsaved."""
         step = int(trainer.num_training_batches)
-        self.save(trainer, step)
-        if self.saved_step != step:
+        if self.saved_step != step and trainer.global_step:
             raise ConfigError(
                 f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and resume"
             )
