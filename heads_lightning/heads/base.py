@@ -143,7 +143,7 @@ class LMHead(Head):
             loss_div_factor: divides the losses, after the mean where there is one; 0 counts as 1, so that nothing over nothing is 0.
             return_logits: True returns logits [B, K, V]; False never forms them all; None leaves it to the implementation: `default`
                 returns them, having them anyway, the others do not.
-            logits_to_keep: positions that count: 0 for all, N for the last N, positions [K] of every row, positions [B, K], or a mask [B, S].
+            logits_to_keep: positions that count: 0 for all, N for the last N, positions [K] or [B, K], or a mask [B, S].
             weights: fp32 [B, S], weight of each target. They do not change the divisor of a mean.
             class_weights: fp32 [V], as in torch's cross_entropy; a mean divides by their sum over the targets.
             num_targets: number of labels that are not ignore_index, when the host knows it: no waiting for the device. Not used with

@@ -40,7 +40,7 @@ def keep_positions(positions: Positions, keep: int | Tensor) -> Positions:
         return positions.map(_Masked(keep))
     if keep.is_floating_point() or keep.dim() not in (1, 2) or (keep.dim() == 2 and keep.shape[0] != batch):
         raise ValueError(
-            f"logits_to_keep: a tensor holds positions [K] or [B, K] = [{batch}, K], or is a mask [B, S]; not {keep.dtype} {list(keep.shape)}"
+            f"logits_to_keep: a tensor holds positions [K] or [{batch}, K], or is a mask [B, S]; not {keep.dtype} {list(keep.shape)}"
         )
     index = keep.long() if keep.dim() == 2 else keep.long().expand(batch, -1)
     inside = (index >= 0) & (index < length)

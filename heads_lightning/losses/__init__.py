@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from types import ModuleType
 
 from torch import Tensor
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def loss_module(name: LMLossImplementation | str) -> ModuleType:
     """The module of an implementation: `linear_cross_entropy_sum`, `unavailable()`, `FEATURES`. Imported only when asked for."""
     try:

@@ -7,7 +7,7 @@ It never changes what is computed. `torch` (PyTorch's own operator) is not picke
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,6 +45,6 @@ def choose(rows: int, classes: int) -> tuple[str, str]:
     return "chunked", "never holds the logits and forms gradients in the forward pass"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _report(name: str, why: str) -> None:
     log.info("head.loss_implementation=auto takes %s: %s", name, why)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -132,7 +132,7 @@ def features_of(hidden_ND: Tensor, projection: Projection, options: LossOptions,
     return frozenset(feature for feature, is_needed in needed.items() if is_needed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def report_fallback(chosen: str, missing: frozenset[Feature]) -> None:
     """Say once per combination that `chunked` computes what `chosen` cannot."""
     names = ", ".join(sorted(missing))

@@ -7,7 +7,8 @@ handed over once: a second backward pass is refused in words, as is a second der
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from functools import cache
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from heads_lightning.losses import chunked_kernels as kernels
 from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
 from heads_lightning.losses.chunked_kernels import Gradients, RowStats, Spec
+from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
 WORKSPACE_BYTES = 40 << 20
@@ -84,8 +86,8 @@ def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: 
     accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
     if rows <= fits or rows * size <= workspace + accumulator:
         return max(1, rows)
-    chunks = -(-rows // fits)
-    return min(rows, -(-(-(-rows // chunks)) // 16) * 16)
+    even = math.ceil(rows / math.ceil(rows / fits))
+    return min(rows, math.ceil(even / 16) * 16)
 
 
 def _compute(
@@ -176,19 +178,9 @@ class _Summed(torch.autograd.Function):
         grad = grads[0]
         if grad is None:
             return (None,) * 8
-        _refuse_second_derivative()
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "chunked hands its gradients over in the first backward pass and cannot repeat it; "
-                "use head.loss_implementation=default to backward twice (retain_graph)"
-            )
+        refuse_again("chunked", used=ctx.gradients is None)
         gradients, ctx.gradients = ctx.gradients, None
         return (*_scaled(gradients, grad, ctx.spec.scale, ctx.dtypes), None, None, None, None, None)
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # autograd runs a backward pass with gradients on for create_graph alone
-        raise RuntimeError("chunked has no second derivative (create_graph); use head.loss_implementation=default for that")
 
 
 def _scaled(gradients: Gradients, grad: Tensor, scale: float, dtypes: tuple[torch.dtype | None, ...]) -> list[Tensor | None]:
@@ -233,7 +225,7 @@ class _PerToken(torch.autograd.Function):
         grad_N = grads[0]
         if grad_N is None:
             return (None,) * 8
-        _refuse_second_derivative()
+        refuse_again("chunked", used=False)
         hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V = ctx.saved_tensors
         row_grad_N = grad_N if weights_N is None else grad_N * weights_N
         _, gradients = _compute(hidden_ND, weight_VD, bias_V, labels_N, row_grad_N, class_weights_V, ctx.spec)
@@ -261,7 +253,7 @@ def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _onednn_wins(threads: int) -> bool:
     """Whether oneDNN's private fp32 product exists here, is right, and is faster than torch.mm with so many threads; asked once."""
     generator = torch.Generator().manual_seed(0)

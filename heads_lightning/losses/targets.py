@@ -77,7 +77,7 @@ def select_rows(labels_M: Tensor, weights_M: Tensor | None, ignore_index: int, n
     everything = Rows(None, labels_M, weights_M, num_targets, all_targets=False)
     valid_M = labels_M != ignore_index
     if torch.compiler.is_compiling():
-        size = positions if num_targets is None else -(-num_targets // STATIC_ROWS) * STATIC_ROWS
+        size = positions if num_targets is None else (num_targets + STATIC_ROWS - 1) // STATIC_ROWS * STATIC_ROWS
         if size >= positions:
             return everything
         index_N = torch.nonzero_static(valid_M, size=size, fill_value=-1).squeeze(1)
@@ -155,5 +155,6 @@ def reduce_loss(loss: LossSum, rows: Rows, shape: torch.Size, reduction: Reducti
         return placed if placed is None or (isinstance(divided_by, float) and divided_by == 1) else placed / divided_by
 
     total, cross_entropy = finish(loss.total), finish(loss.cross_entropy)
-    assert total is not None and cross_entropy is not None
+    assert total is not None
+    assert cross_entropy is not None
     return LossSum(total, cross_entropy, finish(loss.z_loss), place(loss.correct), place(loss.entropy))
