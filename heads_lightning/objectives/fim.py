@@ -54,6 +54,9 @@ class _Pieces(NamedTuple):
     bodies: np.ndarray
     """After the end-of-document marker, if there is one."""
     ends: np.ndarray
+    """Of what is covered of the piece."""
+    limits: np.ndarray
+    """Of the piece in its window."""
 
     def take(self, which: np.ndarray) -> _Pieces:
         return _Pieces(*(x[which] for x in self))
@@ -121,7 +124,7 @@ class FIM(Objective):
 
     def _rewrite_documents(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, draws_P4: np.ndarray) -> np.ndarray:
         bodies = starts + (tokens[starts] == self.vocabulary.end_of_document)
-        pieces = _Pieces(np.arange(len(starts)), np.zeros_like(starts), starts, bodies, ends)
+        pieces = _Pieces(np.arange(len(starts)), np.zeros_like(starts), starts, bodies, ends, ends)
         plan = self._plan(self.cutter.measure(tokens), pieces, draws_P4)
         return self._source(tokens, plan, 0)[gather_ranges(plan.starts_PK.reshape(-1), plan.lengths_PK.reshape(-1))]
 
@@ -148,22 +151,38 @@ class FIM(Objective):
         return np.concatenate([tokens, plan.extra, tail.astype(tokens.dtype)])
 
     def _fit(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
-        """Pieces that fill at most `room` positions a row: the last one covers less text, and is cut anew, until it fits."""
+        """Pieces that fill at most `room` positions a row: the last one covers less text, before it is cut, until it fits."""
+        spare = min(self.cutter.spare, room // 16)
+        reserved = (OVERHEAD + spare) * ((draws_P4[:, 0] < self.config.rate) & (pieces.ends > pieces.bodies))
+        lengths = pieces.ends - pieces.starts + reserved  # mostly enough: few pieces are cut twice
+        kept = np.flatnonzero(_offsets(pieces.rows, lengths) < room)
+        pieces, draws_P4 = pieces.take(kept), draws_P4[kept]
+        self._shorten(pieces, draws_P4, lengths[kept], room, 0)
         plan = self._plan(text, pieces, draws_P4)
-        offsets = _offsets(pieces.rows, plan.lengths_PK.sum(axis=1))
-        kept = np.flatnonzero(offsets < room)
-        if len(kept) < len(offsets):
-            pieces, draws_P4, offsets = pieces.take(kept), draws_P4[kept], offsets[kept]
-            plan = plan._replace(modes_P=plan.modes_P[kept], starts_PK=plan.starts_PK[kept], lengths_PK=plan.lengths_PK[kept])
-        limits = pieces.ends.copy()
-        while len(over := np.flatnonzero(offsets + plan.lengths_PK.sum(axis=1) > room)):
-            excess = offsets[over] + plan.lengths_PK[over].sum(axis=1) - room
-            ends = pieces.ends[over] - excess - 2  # cut anew, it is seldom of the same length: 2 spare tokens save most further turns
-            plain = (plan.modes_P[over] == _PLAIN) | (ends <= pieces.bodies[over])  # no text would be left between the sentinels
-            pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + room - offsets[over], limits[over]), ends)
-            draws_P4[over, 0] = np.where(plain, 1.0, draws_P4[over, 0])
+        while True:
+            lengths = plan.lengths_PK.sum(axis=1)
+            kept = np.flatnonzero(_offsets(pieces.rows, lengths) < room)
+            if len(kept) < len(lengths):
+                pieces, draws_P4, lengths = pieces.take(kept), draws_P4[kept], lengths[kept]
+                plan = plan._replace(modes_P=plan.modes_P[kept], starts_PK=plan.starts_PK[kept], lengths_PK=plan.lengths_PK[kept])
+            over = self._shorten(pieces, draws_P4, lengths, room, spare)
+            if not len(over):
+                return pieces, plan
             plan = _replace_rows(plan, over, self._plan(text, pieces.take(over), draws_P4[over]), len(text.tokens))
-        return pieces, plan
+
+    def _shorten(self, pieces: _Pieces, draws_P4: np.ndarray, lengths: np.ndarray, room: int, spare: int) -> np.ndarray:
+        """Shorten, in place, the pieces that end beyond `room`, by `spare` more than needed; returns which these were.
+
+        A piece that would keep no text between its sentinels is left to right instead, and covers all the room.
+        """
+        offsets = _offsets(pieces.rows, lengths)
+        over = np.flatnonzero(offsets + lengths > room)
+        left = room - offsets[over]
+        ends = pieces.ends[over] - (lengths[over] - left) - spare
+        plain = (draws_P4[over, 0] >= self.config.rate) | (ends <= pieces.bodies[over])
+        pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + left, pieces.limits[over]), ends)
+        draws_P4[over[plain], 0] = 1.0
+        return over
 
     def _assemble(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, num_rows: int, width: int) -> Examples:
         lengths_P = plan.lengths_PK.sum(axis=1)
@@ -233,7 +252,8 @@ def split_pieces(tokens_BR: np.ndarray, end_of_document: int) -> _Pieces:
     rows = starts // width
     ends = np.minimum(np.append(starts[1:], num_rows * width), rows * width + width - 1)
     numbers = np.arange(len(starts)) - np.searchsorted(rows, rows)
-    return _Pieces(rows, numbers, starts, starts + (tokens_BR.reshape(-1)[starts] == end_of_document), ends)
+    bodies = starts + (tokens_BR.reshape(-1)[starts] == end_of_document)
+    return _Pieces(rows, numbers, starts, bodies, ends, ends.copy())
 
 
 def _offsets(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
