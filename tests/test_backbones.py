@@ -227,7 +227,7 @@ def test_what_a_cache_cannot_do_is_refused(variant: str) -> None:
         model(batch(tokens(1, 4), Attention.bidirectional), model.new_cache(1, 8))
     with pytest.raises(ValueError, match="the cache holds 3 positions, 4 are needed"):
         model(batch(tokens(1, 4)), model.new_cache(1, 3))
-    with pytest.raises(ValueError, match="needs Batch.prefix_BS"):
+    with pytest.raises(ValueError, match=r"needs Batch\.prefix_BS"):
         model(batch(tokens(1, 4), Attention.prefix))
 
 
