@@ -6,6 +6,7 @@ Leaks are sought in fp64 with enlarged weights: at the usual initialisation a re
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,6 +37,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ngpt-gqa": ("ngpt", {"num_kv_heads": 2, "alpha_init": 0.3, "feed_forward_dim": 48}),
 }
 ENUMS = {"position": Position, "norm": NormType, "feed_forward": FeedForward}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small wait for threads more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def config(variant: str) -> Any:
@@ -227,7 +237,7 @@ def test_what_a_cache_cannot_do_is_refused(variant: str) -> None:
         model(batch(tokens(1, 4), Attention.bidirectional), model.new_cache(1, 8))
     with pytest.raises(ValueError, match="the cache holds 3 positions, 4 are needed"):
         model(batch(tokens(1, 4)), model.new_cache(1, 3))
-    with pytest.raises(ValueError, match="needs Batch.prefix_BS"):
+    with pytest.raises(ValueError, match=r"needs Batch\.prefix_BS"):
         model(batch(tokens(1, 4), Attention.prefix))
 
 
