@@ -293,8 +293,8 @@ class MlflowRun:
             raise NotSent(str(error)) from error
         except Exception as error:  # clients of databases, HTTP and object stores each raise their own
             if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
-                raise Refused(_reason(error)) from error
-            raise NotSent(_reason(error)) from error
+                raise Refused(self.store.hide_password(_reason(error))) from error
+            raise NotSent(self.store.hide_password(_reason(error))) from error
 
     def _keep_offset(self, file: str, offset: int) -> None:
         self._sent["offsets"][file] = offset

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
 
 from heads_lightning.configs.tracking import MLflowConfig, check_uri
 from heads_lightning.registry import ConfigError
@@ -44,6 +45,13 @@ class Store(NamedTuple):
     def shown(self) -> str:
         """The address without its password."""
         return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", self.uri)
+
+    def hide_password(self, text: str) -> str:
+        """A message of a library without the password that it may quote, as it was written or decoded."""
+        found = re.search(r"://[^/@:]*:([^/@]+)@", self.uri)
+        for secret in (found[1], unquote(found[1])) if found else ():
+            text = text.replace(secret, "***")
+        return text
 
     @property
     def database(self) -> Path | None:

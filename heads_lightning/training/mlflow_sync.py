@@ -13,6 +13,7 @@ standard output it tells, one JSON object a line, what the training process shou
 """
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from heads_lightning.registry import ConfigError
 from heads_lightning.training.mlflow_run import MlflowRun, NotSent, Unsent, read_header, stored_address
@@ -41,6 +42,19 @@ HEARTBEAT_SECONDS = 30.0
 LONGEST_PAUSE_SECONDS = 30.0
 ORPHAN_CHECK_SECONDS = 2.0
 """A data worker that outlives its killed parent holds the pipe open, so the parent is also looked for."""
+
+
+class HidingStream(io.TextIOBase):
+    """Standard error (the file mlflow.log) without the password of the store, which libraries quote in their errors."""
+
+    def __init__(self, stream: TextIO, store: Store) -> None:
+        self._stream = stream
+        self._store = store
+
+    def write(self, text: str, /) -> int:
+        self._stream.write(self._store.hide_password(text))
+        self._stream.flush()
+        return len(text)
 
 
 def tell_process(message: str, **facts: Any) -> None:
@@ -210,8 +224,9 @@ def _main_follow(run_dir: Path, parent: int) -> int:
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     run = open_folder(run_dir, os.environ.get(ADDRESS_VARIABLE), tell_process)
+    sys.stderr = HidingStream(sys.stderr, run.store)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with file_lock(run.run_dir / f".{LOG}.lock"):
         done = Sender(run, parent=parent, tell=tell_process).follow(sys.stdin.buffer)
     tell_process("end", done=done, **run.unsent()._asdict())

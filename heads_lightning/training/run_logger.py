@@ -54,7 +54,7 @@ class RunLogger(Logger):
     @override
     @rank_zero_only
     def save(self) -> None:
-        self.log.flush()
+        """Nothing: Lightning calls it after every point, and a point is in the folder once it is logged."""
 
     @override
     @rank_zero_only
