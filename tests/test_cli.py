@@ -100,7 +100,7 @@ MISTAKES = {
     "train --config-path=x": "--config-path would hide the shipped configuration; add your own files with --config-dir FOLDER",
     "train --max-steps=3": "--max-steps is not a flag; settings are written trainer.max_steps=VALUE",
     "train --multirum": "--multirum is not a flag. Did you mean --multirun?",
-    "train hydra/launcher=submitit_slurm": "hydra/launcher=submitit_slurm is not installed: pip install hydra-submitit-launcher",
+    "train hydra/launcher=nosuch": "hydra/launcher=nosuch does not exist. Known: basic, joblib",
     "train --cfg job objective=mln": "objective=mln does not exist. Did you mean objective=mlm?",
     "train --cfg job objective.rat=1": "objective.rat does not exist. Did you mean objective.rate?",
     "train -m objective=mlm,mln": "objective=mln does not exist. Did you mean objective=mlm?",
@@ -332,7 +332,15 @@ def test_completion(capsys, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- what is not imported
 
-LIGHT = ["--help", "train --help", "train --cfg job", "train objective=mln", "train objective.rat=1", "list", "config objective=mlm head=mlm"]
+LIGHT = [
+    "--help",
+    "train --help",
+    "train --cfg job",
+    "train objective=mln",
+    "train objective.rat=1",
+    "list",
+    "config objective=mlm head=mlm",
+]
 
 
 @pytest.mark.parametrize("line", LIGHT)
@@ -348,6 +356,8 @@ def test_nothing_heavy_is_imported(line, tmp_path):
 
 def test_the_module_is_the_program(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-m", "heads_lightning", "trian"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "heads_lightning", "trian"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert "Did you mean 'train'?" in result.stderr
