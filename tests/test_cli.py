@@ -361,3 +361,38 @@ def test_the_module_is_the_program(tmp_path):
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert "Did you mean 'train'?" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------- KEY=VALUE arguments
+
+
+def test_key_value_arguments_are_read_with_the_same_care():
+    from dataclasses import dataclass
+
+    from omegaconf import MISSING
+
+    from heads_lightning.commands.arguments import describe, read
+
+    @dataclass
+    class Arguments:
+        checkpoint: str = MISSING
+        """Run folder."""
+        temperature: float = 1.0
+        """Randomness."""
+        seed: int | None = None
+        """Seed."""
+        quiet: bool = False
+        """Say less."""
+
+    got, free = read(Arguments, ["checkpoint=a=b", "--temperature=0.5", "quiet=true", "seed=null", "--", "x", "y=1"])
+    assert (got, free) == (Arguments("a=b", 0.5, None, True), ["x", "y=1"])
+    for words, message in {
+        ("temprature=1",): "temprature does not exist. Did you mean temperature?",
+        (): "checkpoint is needed: checkpoint=VALUE. ",
+        ("checkpoint=a", "seed=1.5"): "`seed=1.5` is not allowed: seed takes a whole number or null",
+        ("checkpoint=a", "quiet=2"): "quiet takes true or false",
+        ("runs/x",): "`runs/x` is not an argument; write KEY=VALUE",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read(Arguments, words)
+    assert "checkpoint" in describe(Arguments)[1]
