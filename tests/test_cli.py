@@ -100,7 +100,7 @@ MISTAKES = {
     "train --config-path=x": "--config-path would hide the shipped configuration; add your own files with --config-dir FOLDER",
     "train --max-steps=3": "--max-steps is not a flag; settings are written trainer.max_steps=VALUE",
     "train --multirum": "--multirum is not a flag. Did you mean --multirun?",
-    "train hydra/launcher=submitit_slurm": "hydra/launcher=submitit_slurm is not installed: pip install hydra-submitit-launcher",
+    "train hydra/launcher=nosuch": "hydra/launcher=nosuch does not exist. Known: basic, joblib",
     "train --cfg job objective=mln": "objective=mln does not exist. Did you mean objective=mlm?",
     "train --cfg job objective.rat=1": "objective.rat does not exist. Did you mean objective.rate?",
     "train -m objective=mlm,mln": "objective=mln does not exist. Did you mean objective=mlm?",
@@ -332,7 +332,15 @@ def test_completion(capsys, monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------- what is not imported
 
-LIGHT = ["--help", "train --help", "train --cfg job", "train objective=mln", "train objective.rat=1", "list", "config objective=mlm head=mlm"]
+LIGHT = [
+    "--help",
+    "train --help",
+    "train --cfg job",
+    "train objective=mln",
+    "train objective.rat=1",
+    "list",
+    "config objective=mlm head=mlm",
+]
 
 
 @pytest.mark.parametrize("line", LIGHT)
@@ -348,6 +356,43 @@ def test_nothing_heavy_is_imported(line, tmp_path):
 
 def test_the_module_is_the_program(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-m", "heads_lightning", "trian"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "heads_lightning", "trian"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert (result.returncode, result.stdout) == (2, "")
     assert "Did you mean 'train'?" in result.stderr
+
+
+# -------------------------------------------------------------------------------------------------- KEY=VALUE arguments
+
+
+def test_key_value_arguments_are_read_with_the_same_care():
+    from dataclasses import dataclass
+
+    from omegaconf import MISSING
+
+    from heads_lightning.commands.arguments import describe, read
+
+    @dataclass
+    class Arguments:
+        checkpoint: str = MISSING
+        """Run folder."""
+        temperature: float = 1.0
+        """Randomness."""
+        seed: int | None = None
+        """Seed."""
+        quiet: bool = False
+        """Say less."""
+
+    got, free = read(Arguments, ["checkpoint=a=b", "--temperature=0.5", "quiet=true", "seed=null", "--", "x", "y=1"])
+    assert (got, free) == (Arguments("a=b", 0.5, None, True), ["x", "y=1"])
+    for words, message in {
+        ("temprature=1",): "temprature does not exist. Did you mean temperature?",
+        (): "checkpoint is needed: checkpoint=VALUE. ",
+        ("checkpoint=a", "seed=1.5"): "`seed=1.5` is not allowed: seed takes a whole number or null",
+        ("checkpoint=a", "quiet=2"): "quiet takes true or false",
+        ("runs/x",): "`runs/x` is not an argument; write KEY=VALUE",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            read(Arguments, words)
+    assert "checkpoint" in describe(Arguments)[1]

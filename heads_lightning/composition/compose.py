@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from heads_lightning.composition.mistakes import check_overrides, explained, refuse_loose_values
@@ -41,8 +42,13 @@ def initialized(config_dir: str | Path | None = None) -> Iterator[None]:
     prepare_store()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder that can be read")
-    with hydra.initialize_config_dir(str(conf_dir()), job_name="heads_lightning", **version_base()):
-        yield
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), job_name="heads_lightning", **version_base()):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def search_path(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:

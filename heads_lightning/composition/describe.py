@@ -35,8 +35,13 @@ class Field:
     """Its type."""
     default: Any
     """Its default; MISSING where there is none."""
-    doc: str
-    """The string under it."""
+    owner: type
+    """The dataclass that has it."""
+
+    @property
+    def doc(self) -> str:
+        """The string under it, or under the field of the same name of a base."""
+        return next((text for base in self.owner.__mro__ if (text := documents(base).get(self.name)) and is_dataclass(base)), "")
 
     @property
     def optional(self) -> bool:
@@ -97,13 +102,14 @@ def documents(cls: type) -> dict[str, str]:
 
 @cache
 def fields_of(cls: type) -> dict[str, Field]:
-    """The settings of a dataclass by name, documentation inherited where a subclass says nothing."""
-    documented: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if is_dataclass(base):
-            documented |= documents(base)
+    """The settings of a dataclass by name."""
     hints = get_type_hints(cls)
-    return {f.name: Field(f.name, hints[f.name], _default(f), documented.get(f.name, "")) for f in fields(cls)}
+    return {f.name: Field(f.name, hints[f.name], _default(f), cls) for f in fields(cls)}
+
+
+def field_names(cls: type) -> list[str]:
+    """Names of a dataclass's settings (cheaper than `fields_of`: a mistake looks at every option there is)."""
+    return [f.name for f in fields(cls)]
 
 
 def _default(f: Any) -> Any:
@@ -151,20 +157,21 @@ def file_summary(path: Path) -> str:
 
 def owners(group: str, field: str) -> list[str]:
     """Options of `group` that have the field."""
-    return [name for name, cls in Registry.groups[group].items() if field in fields_of(cls)]
+    return [name for name, cls in Registry.groups[group].items() if field in field_names(cls)]
 
 
 def option_name(cls: type) -> str:
     """The name that an option is registered under."""
-    return str(getattr(fields_of(cls)["name"].default, "value", fields_of(cls)["name"].default))
+    default = next(f.default for f in fields(cls) if f.name == "name")
+    return str(getattr(default, "value", default))
 
 
 def all_fields() -> list[str]:
     """Dotted names of every field of every option."""
     names = [name for name, field in fields_of(ExperimentConfig).items() if name not in Registry.groups and not is_dataclass(field.type)]
     for group, registry in Registry.groups.items():
-        names += list(dict.fromkeys(f"{group}.{name}" for _, cls in registry.items() for name in fields_of(cls) if name != "name"))
+        names += list(dict.fromkeys(f"{group}.{name}" for _, cls in registry.items() for name in field_names(cls) if name != "name"))
     for name, field in fields_of(ExperimentConfig).items():
         if name not in Registry.groups and isinstance(field.type, type) and is_dataclass(field.type):
-            names += [f"{name}.{inner}" for inner in fields_of(field.type)]
+            names += [f"{name}.{inner}" for inner in field_names(field.type)]
     return names

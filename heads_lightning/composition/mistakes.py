@@ -25,7 +25,17 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from heads_lightning.composition.describe import RECIPES, Field, all_fields, fields_of, group_options, groups, option_name, owners
+from heads_lightning.composition.describe import (
+    RECIPES,
+    Field,
+    all_fields,
+    field_names,
+    fields_of,
+    group_options,
+    groups,
+    option_name,
+    owners,
+)
 from heads_lightning.composition.store import sections
 from heads_lightning.configs.base import Option
 from heads_lightning.configs.experiment import ExperimentConfig
@@ -207,7 +217,7 @@ def unknown_field(key: str, owner: type | None, overrides: Sequence[str] = ()) -
         having = [f"{parent}={option}" for option in owners(parent, name)]
         if having:
             return f"{key} belongs to {' or '.join(having)}; you chose {chosen}"
-        known = [f for f in fields_of(owner) if f != "name"]
+        known = [f for f in field_names(owner) if f != "name"]
         near = _near(name, known, f"{parent}.") or _suggestion(key)
         return f"{key} does not exist.{near or f' {chosen} has: ' + (', '.join(known) or 'no fields')}"
     if owner is not None and is_dataclass(owner) and parent:

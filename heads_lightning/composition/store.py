@@ -8,7 +8,7 @@ import warnings
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigNode, ConfigStore
@@ -70,7 +70,7 @@ class OptionNode(ConfigNode):
 
     def __init__(self, name: str, option: Any, group: str) -> None:
         cls = option if isinstance(option, type) else type(option)
-        super().__init__(name=f"{name}.yaml", node=option, group=group, package=None, provider=cls.__module__)
+        super().__init__(name=f"{name}.yaml", node=cast(Any, option), group=group, package=None, provider=cls.__module__)
 
     def __copy__(self) -> ConfigNode:  # the store hands out copies
         return ConfigNode(self.name, _tree(self.node), self.group, self.package, self.provider)
