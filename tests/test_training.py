@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
 from heads_lightning.training.checkpoints import (
     KEY,
+    checkpoint_path,
     newest_checkpoint,
     read_checkpoint,
     saved_checkpoints,
@@ -175,8 +178,8 @@ def test_schedules_rise_from_almost_nothing_and_stay_within_the_peak(name: str) 
     factors = [schedule.factor(step, 100) for step in range(100)]
     assert 0 < factors[0] < 0.2
     assert max(factors) == pytest.approx(1.0, abs=0.01)
-    assert all(b >= a for a, b in zip(factors[:10], factors[1:10], strict=False))
-    assert all(b <= a + 1e-12 for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(b >= a for a, b in itertools.pairwise(factors[:10]))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_every_parameter_is_trained_once(tiny: list[str]) -> None:
