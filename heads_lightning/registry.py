@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 C = TypeVar("C")
+O = TypeVar("O")
 
 PLUGIN_GROUP = "heads_lightning.plugins"
 """Entry-point group of third-party parts: importing the named module registers them."""
@@ -52,10 +53,10 @@ class Registry(Generic[C]):
         self._options: dict[str, type[C]] = {}
         Registry.groups[group] = self
 
-    def register(self, name: str) -> Callable[[type[C]], type[C]]:
+    def register(self, name: str) -> Callable[[type[O]], type[O]]:
         """Class decorator: make the dataclass the option `name`. Its field `name` must default to the same word."""
 
-        def decorate(cls: type[C]) -> type[C]:
+        def decorate(cls: type[O]) -> type[O]:
             taken = self._options.get(name)
             if taken is not None and _place(taken) != _place(cls):
                 raise ConfigError(f"{self.group}={name} is registered twice: by {_place(taken)} and by {_place(cls)}; rename one of them")
