@@ -324,7 +324,10 @@ def test_nothing_usable(tmp_path):
     root.mkdir()
     (root / "a.py").write_bytes(b"\xff\xff")
     (root / "b.py").write_text("  \n")
-    with pytest.warns(UserWarning), pytest.raises(ConfigError, match="no usable documents .*1 not UTF-8, 1 empty") as error:
+    with (
+        pytest.warns(UserWarning, match="left out 1"),
+        pytest.raises(ConfigError, match=r"no usable documents .*1 not UTF-8, 1 empty") as error,
+    ):
         prepare(config(root), ByteConfig())
     one_line(error)
 
@@ -385,7 +388,7 @@ def test_a_changed_byte_is_found_by_verify(corpus):
     with open(prepared.folder / "train-00000.bin", "r+b") as file:
         file.seek(11)
         file.write(b"\x00\x01")
-    with pytest.raises(ConfigError, match="train-00000.bin does not have the contents"):
+    with pytest.raises(ConfigError, match=r"train-00000.bin does not have the contents"):
         PreparedData(prepared.folder).verify()
 
 
@@ -395,4 +398,4 @@ def test_another_format_is_named(corpus):
     (prepared.folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
     with pytest.raises(ConfigError, match="has format 99"):
         PreparedData(prepared.folder)
-    assert shards_module.FORMAT == manifest["format"]
+    assert manifest["format"] == shards_module.FORMAT

@@ -179,7 +179,7 @@ def test_a_step_is_the_same_however_it_is_cut(world_size, micro_batch_size):
 
 
 def test_an_uneven_share_is_refused():
-    with pytest.raises(ConfigError, match="trainer.global_batch_size=8 .*multiple of 3"):
+    with pytest.raises(ConfigError, match=r"trainer.global_batch_size=8 .*multiple of 3"):
         batches(world_size=3)
 
 

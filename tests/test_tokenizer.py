@@ -142,7 +142,8 @@ def test_infilling_tokens_of_others_are_found(tmp_path, spellings, end):
 
 
 def test_infilling_tokens_marked_as_text_become_special(tmp_path):  # Qwen2.5-Coder marks them special=false
-    tokenizer = load(tmp_path, byte_level("<|endoftext|>", *(AddedToken(f"<|fim_{r}|>", special=False) for r in ("prefix", "suffix", "middle"))))
+    marked = [AddedToken(f"<|fim_{role}|>", special=False) for role in ("prefix", "suffix", "middle")]
+    tokenizer = load(tmp_path, byte_level("<|endoftext|>", *marked))
     v = tokenizer.vocabulary
     assert v.fim_prefix == 257
     assert v.special_V[257]
@@ -203,7 +204,7 @@ def test_a_missing_file_is_one_line(path):
 
 def test_a_broken_file_is_one_line(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read as a tokenizer.json"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a tokenizer.json"):
         HuggingFaceTokenizerConfig(path=str(tmp_path)).build([])
 
 

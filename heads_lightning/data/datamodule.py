@@ -17,7 +17,7 @@ from typing import Any
 import lightning
 import torch
 
-from heads_lightning.batch import IGNORE, Batch
+from heads_lightning.batch import Batch
 from heads_lightning.data.shards import PreparedData, Split
 from heads_lightning.data.stream import SampleStream, rows_of
 from heads_lightning.objectives.base import Objective
@@ -55,11 +55,10 @@ class StepBatches:
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one step."""
         share = self._stream.examples(step * self._global_batch_size + self._offset, self._share)
-        targets = int((share.labels_BS != IGNORE).sum())
-        return [
-            Batch.from_examples(rows_of(share, start, start + self._micro_batch_size), self._attention, step_targets=targets)
-            for start in range(0, self._share, self._micro_batch_size)
-        ]
+        starts = range(0, self._share, self._micro_batch_size)
+        batches = [Batch.from_examples(rows_of(share, start, start + self._micro_batch_size), self._attention) for start in starts]
+        targets = sum(batch.num_targets for batch in batches)
+        return [batch._replace(step_targets=targets) for batch in batches]
 
 
 class TrainLoader:

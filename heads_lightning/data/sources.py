@@ -87,8 +87,8 @@ class Stdlib(Source):
     # encodings: 122 near-identical tables, with which a line look-up "infills" 14 % of held-out lines. The others are generated,
     # near-duplicates or not on every machine.
     _EXCLUDED = frozenset(
-        ["encodings", "pydoc_data", "idlelib", "lib2to3", "turtledemo", "msilib", "site-packages", "dist-packages", "__pycache__"]
-    )  # fmt: skip
+        ("encodings", "pydoc_data", "idlelib", "lib2to3", "turtledemo", "msilib", "site-packages", "dist-packages", "__pycache__")
+    )
 
     def __init__(self, config: StdlibConfig) -> None:
         self.root = Path(sysconfig.get_paths()["stdlib"])

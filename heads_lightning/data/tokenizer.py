@@ -146,7 +146,7 @@ class Tokenizer:
         return Vocabulary(
             size=self.size,
             **roles,  # pyright: ignore[reportArgumentType]
-            sentinels=tuple(self.inner.token_to_id(s) for s in self.roles.sentinels),
+            sentinels=tuple(self.inner.token_to_id(s) for s in self.roles.sentinels),  # pyright: ignore[reportArgumentType]
             special_V=np.array([not b for b in token_bytes]),
             token_bytes=token_bytes,
             word_start_V=np.array([b[:1] in _WORD_BREAKS for b in token_bytes]),

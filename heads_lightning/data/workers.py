@@ -7,6 +7,7 @@ pickled jobs from its input and ends when that closes, so none is left behind ho
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -104,10 +105,8 @@ class _Child:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
 
 def _serve() -> None:
