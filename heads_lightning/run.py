@@ -120,6 +120,8 @@ def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # the position in the data is the data module's, not the loader's
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     # one process makes batches faster than workers could hand them over (see data.datamodule)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 

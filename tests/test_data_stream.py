@@ -1,5 +1,6 @@
 """Samples and loaders: a sample is a function of (seed, epoch, index); ranks, micro-batches, threads and resuming change nothing."""
 
+import itertools
 from typing import ClassVar
 
 import lightning
@@ -185,10 +186,9 @@ def test_an_uneven_share_is_refused():
 
 @pytest.mark.parametrize("first_step", [0, 5])
 def test_the_thread_changes_nothing(first_step):
-    taken = [
-        rows([b for _, b in zip(range(20), TrainLoader(batches(), first_step=first_step, prefetch=prefetch), strict=False)])
-        for prefetch in (False, True)
-    ]
+    loaders = [TrainLoader(batches(), total_steps=first_step + 7, first_step=first_step, prefetch=prefetch) for prefetch in (False, True)]
+    taken = [rows([batch for step in loader for batch in step]) for loader in loaders]
+    assert len(taken[0][0]) == 7 * 8
     np.testing.assert_array_equal(taken[0][0], taken[1][0])
     np.testing.assert_array_equal(taken[0][1], taken[1][1])
     np.testing.assert_array_equal(taken[0][0][:8], rows(batches().step(first_step))[0])
@@ -202,7 +202,7 @@ def test_an_error_in_the_thread_is_raised():
             return batches().step(step)
 
     with pytest.raises(ValueError, match="step 2"):
-        for _ in TrainLoader(Failing()):  # pyright: ignore[reportArgumentType]
+        for _ in TrainLoader(Failing(), total_steps=9):  # pyright: ignore[reportArgumentType]
             pass
 
 
@@ -214,9 +214,8 @@ def test_waiting_is_measured():
             time.sleep(0.02)
             return batches().step(step)[:1]
 
-    loader = TrainLoader(Slow())  # pyright: ignore[reportArgumentType]
-    for _ in zip(range(6), loader, strict=False):
-        pass
+    loader = TrainLoader(Slow(), total_steps=6)  # pyright: ignore[reportArgumentType]
+    assert len(list(loader)) == len(loader) == 6
     assert loader.wait_seconds > 0.06
 
 
@@ -230,12 +229,13 @@ def prepared(tmp_path_factory) -> PreparedData:
 
 
 def module(prepared: PreparedData, **changes) -> TokenDataModule:
-    fields = {"sequence_length": 32, "global_batch_size": 8, "micro_batch_size": 4, "seed": 3, "validation_sequences": 13}
+    fields = {"sequence_length": 32, "global_batch_size": 8, "micro_batch_size": 4, "seed": 3, "total_steps": 12, "validation_sequences": 13}
     return TokenDataModule(prepared, Causal(), **(fields | changes))
 
 
-def take(loader, count: int) -> list[Batch]:
-    return [batch for _, batch in zip(range(count), loader, strict=False)]
+def take(loader, steps: int) -> list[Batch]:
+    """Micro-batches of some steps."""
+    return [batch for step in itertools.islice(loader, steps) for batch in step]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 20])
@@ -257,17 +257,17 @@ def test_validation_takes_what_there_is(prepared):
 
 
 def test_the_position_is_a_number(prepared):
-    unbroken = take(module(prepared).train_dataloader(), 20)
+    unbroken = take(module(prepared).train_dataloader(), 10)
     first = module(prepared)
     first.seek(6)
     state = first.state_dict()
     assert state["step"] == 6
     second = module(prepared)
     second.load_state_dict(state)
-    np.testing.assert_array_equal(rows(take(second.train_dataloader(), 8))[0], rows(unbroken[12:])[0])
+    np.testing.assert_array_equal(rows(take(second.train_dataloader(), 4))[0], rows(unbroken[12:])[0])
     loader = first.train_dataloader()
     first.seek(9)
-    np.testing.assert_array_equal(rows(take(loader, 2))[0], rows(unbroken[18:])[0])
+    np.testing.assert_array_equal(rows(take(loader, 1))[0], rows(unbroken[18:])[0])
 
 
 @pytest.mark.parametrize("change", [{"global_batch_size": 16}, {"sequence_length": 16}, {"seed": 4}])
@@ -292,12 +292,13 @@ class Probe(lightning.LightningModule):
         self.seen: list[torch.Tensor] = []
         self.validated: list[int] = []
 
-    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        assert isinstance(batch, Batch)
-        assert batch.attention is Attention.causal
-        assert isinstance(batch.num_targets, int)
-        assert batch.segments_BS is None
-        self.seen.append(batch.tokens_BS.clone())
+    def training_step(self, step: list[Batch], batch_idx: int) -> torch.Tensor:
+        for batch in step:
+            assert isinstance(batch, Batch)
+            assert batch.attention is Attention.causal
+            assert isinstance(batch.num_targets, int)
+            assert batch.segments_BS is None
+            self.seen.append(batch.tokens_BS.clone())
         return (self.weight - 1) ** 2
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -311,7 +312,6 @@ def fit(prepared: PreparedData, path, max_steps: int, resume: bool = False) -> t
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=max_steps,
-        accumulate_grad_batches=2,
         val_check_interval=4,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

@@ -26,6 +26,7 @@ from heads_lightning.training.checkpoints import (
     read_checkpoint,
     saved_checkpoints,
 )
+from heads_lightning.training.run_folder import read_metrics
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -33,7 +34,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def points(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{"step": point.step} | point.values for point in read_metrics(run_dir)]
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
