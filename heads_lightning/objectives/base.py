@@ -87,6 +87,12 @@ class SampleRandom:
         """Samples in the batch."""
         return len(self._key_B)
 
+    def select(self, rows: np.ndarray) -> SampleRandom:
+        """Fresh numbers (none drawn yet) of some of the samples."""
+        chosen = object.__new__(SampleRandom)
+        chosen._key_B, chosen._drawn = self._key_B[rows], 0
+        return chosen
+
     def bits(self, count: int) -> np.ndarray:
         """uint64 [B, count], uniform."""
         with np.errstate(over="ignore"):
