@@ -151,6 +151,10 @@ class Sender:
         if not self._attached:
             self.run.attach(live=live)
             self._attached = True
+            if self._parent is not None:
+                # from here on training comes first where processors are short; the imports before it would starve at this priority
+                with suppress(OSError, AttributeError):
+                    os.nice(10)
             self._tell("attached", run_id=self.run.run_id, experiment_id=self.run.experiment_id)
 
     def _warn(self, reason: str) -> None:
