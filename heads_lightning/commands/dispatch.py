@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from heads_lightning import __version__
-from heads_lightning.registry import ConfigError, nearest
+from heads_lightning.registry import ConfigError, RunError, nearest
 
 PROGRAM = "heads-lightning"
 OWN_WARNING = "heads_lightning"
@@ -45,9 +45,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command("hydra_application:train", "prepare data, train, evaluate, save", f"{OVERRIDES} [-m] [--cfg job]", (
         "train experiment=fim_proof", "train -m objective=causal,fim head.loss_implementation=default,chunked")),
     "evaluate": Command("evaluate:main", "measure a trained model on held-out text", "checkpoint=RUN [KEY=VALUE …]", (
-        "evaluate checkpoint=runs/latest", "evaluate checkpoint=RUN infill_lines=500")),
+        "evaluate checkpoint=RUN", "evaluate checkpoint=RUN infill_lines=500")),
     "generate": Command("generate:main", "continue a text", "checkpoint=RUN [KEY=VALUE …] [-- TEXT]", (
-        "generate checkpoint=RUN -- 'def main('", "generate checkpoint=RUN file=start.py")),
+        "generate checkpoint=RUN -- 'def main('", "generate checkpoint=RUN prompt_file=start.py")),
     "infill": Command("infill:main", "fill the gap between a prefix and a suffix", "checkpoint=RUN [KEY=VALUE …]", (
         "infill checkpoint=RUN prefix_file=a.py suffix_file=b.py", "infill checkpoint=RUN -- 'def f(' '): return 1'")),
     "prepare": Command("hydra_application:prepare", "tokenise the data of an experiment", OVERRIDES, (
@@ -184,6 +184,11 @@ def guarded(action: Callable[[], int], *, traceback: bool) -> int:
             tracebacks.print_exc()
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        if traceback:
+            tracebacks.print_exc()
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130

@@ -31,6 +31,10 @@ class LMLossImplementation(StrEnum):
     """Ours: gradients formed in the forward pass, chunk by chunk; any device, any dtype."""
     fused_linear = "fused_linear"
     """Liger's Triton kernel; needs a GPU."""
+    cce = "cce"
+    """Apple's cut cross-entropy, which recomputes instead of storing; needs a GPU and the package."""
+    torch = "torch"
+    """PyTorch's own linear_cross_entropy, chunked, where the installed version has it. Its loss in bf16 is coarse."""
     auto = "auto"
     """The best available for the device, dtype and features at hand; the log says which and why."""
 
@@ -110,7 +114,7 @@ def _member(enum: type[Any], value: Any, where: str) -> Any:
     try:
         return enum(value)
     except ValueError:
-        raise ConfigError(f"{where}={value} does not exist; available: {', '.join(m.value for m in enum)}") from None
+        raise ConfigError(f"{where}={value} does not exist; available: {', '.join(str(m.value) for m in list(enum))}") from None
 
 
 @heads.register("default")

@@ -153,3 +153,70 @@ class MLMConfig(ObjectiveConfig):
         from heads_lightning.objectives.mlm import MLM
 
         return MLM(self, vocabulary)
+
+
+@objectives.register("prefix_lm")
+@dataclass
+class PrefixLMConfig(ObjectiveConfig):
+    """Prefix language modelling (arXiv 1910.10683, 3.2.3): read the beginning of each document from both sides, predict the rest."""
+
+    attention: ClassVar[Attention] = Attention.prefix
+
+    name: str = "prefix_lm"
+    prefix_min: float = 0.0
+    """Least share of a document's piece that is prefix."""
+    prefix_max: float = 1.0
+    """Largest share; at least one token is always predicted. The share is uniform between the two."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 <= self.prefix_min <= 1, "prefix_min", "0 to 1")
+        self.require(self.prefix_min <= self.prefix_max <= 1, "prefix_max", f"prefix_min ({self.prefix_min}) to 1")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.prefix_lm import PrefixLM
+
+        return PrefixLM(self, vocabulary)
+
+
+class SpanEdges(StrEnum):
+    """How often the tokens at a window's edges are hidden."""
+
+    seqio = "seqio"
+    """As in T5: the first token never, the last always."""
+    uniform = "uniform"
+    """As often as any other."""
+
+
+@objectives.register("span_corruption")
+@dataclass
+class SpanCorruptionConfig(ObjectiveConfig):
+    """Span corruption (T5, arXiv 1910.10683): sentinels replace spans of the text; predict what each hides. For decoder-only backbones."""
+
+    attention: ClassVar[Attention] = Attention.prefix
+    special_tokens: ClassVar[tuple[str, ...]] = ("sentinels",)
+
+    name: str = "span_corruption"
+    rate: float = 0.15
+    """Share of the tokens that are hidden."""
+    mean_length: float = 3.0
+    """Mean tokens of a span."""
+    edges: SpanEdges = SpanEdges.uniform
+    """How often the tokens at a window's edges are hidden; `seqio` repeats T5's numbers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.rate < 1, "rate", "more than 0, less than 1")
+        self.require(self.mean_length >= 1, "mean_length", "1 or more")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.span_corruption import SpanCorruption
+
+        return SpanCorruption(self, vocabulary)
+
+
+@dataclass
+class EncoderDecoderSpanCorruptionConfig(SpanCorruptionConfig):
+    """Span corruption for encoder-decoder backbones. Not an option until such a backbone is."""
+
+    attention: ClassVar[Attention] = Attention.encoder_decoder

@@ -1,0 +1,8 @@
+"""Heads: hidden states to a score. One file each, named like the option (`head=…`)."""
+
+from heads_lightning.heads.base import Head, LMHead, LMOutputWithLoss, LMOutputWithMetrics
+from heads_lightning.heads.default import DefaultLMHead
+from heads_lightning.heads.mlm import MLMHead
+from heads_lightning.heads.normalized import NormalizedLMHead
+
+__all__ = ["DefaultLMHead", "Head", "LMHead", "LMOutputWithLoss", "LMOutputWithMetrics", "MLMHead", "NormalizedLMHead"]

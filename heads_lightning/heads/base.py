@@ -1,11 +1,36 @@
-"""What a head is: hidden states to a score. `LMHead.forward` is final; heads differ in `projection` and `prepare` alone."""
+"""What a head is: hidden states to a score. `LMHead.forward` is final; heads over a vocabulary differ in `projection` and `prepare` alone.
+
+The call is that of OLMo-core's LMHead, extended by keywords. Choices: labels are aligned already and never shifted here; positions without
+a target are dropped before `prepare` and the projection; the loss is computed inside `forward`, where sharded strategies have gathered
+the weights; a sum is divided once, by what the caller says.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from heads_lightning.batch import IGNORE
+from heads_lightning.heads.positions import Positions, keep_positions
+from heads_lightning.losses import LossOptions, LossSum, Projection, loss_module
+from heads_lightning.losses.base import project
+from heads_lightning.losses.default import logits_loss_sum
+from heads_lightning.losses.targets import (
+    Reduction,
+    Rows,
+    check_labels,
+    check_reduction,
+    divisor,
+    expected_grad,
+    reduce_loss,
+    select_rows,
+)
+
+if TYPE_CHECKING:
+    from heads_lightning.configs.head import LMHeadConfig, LMLossImplementation
 
 
 class Head(nn.Module, ABC):
@@ -17,3 +42,168 @@ class Head(nn.Module, ABC):
 
     def after_optimizer_step(self) -> None:
         """Restore what an update breaks (normalized: unit rows). Called by the trainer after each optimizer step."""
+
+
+class LMOutputWithLoss(NamedTuple):
+    """What a head over a vocabulary returns when it is given labels."""
+
+    logits: Tensor | None
+    """[B, K, V] over the kept positions, part of the graph; None when not asked for."""
+    loss: Tensor
+    """Cross-entropy plus z-loss, reduced and divided; carries the gradient. A scalar, or [B, K] for `none`."""
+    ce_loss: Tensor
+    """Its cross-entropy part, detached, for logging."""
+    z_loss: Tensor | None
+    """Its z part, multiplier included, detached. None when off."""
+
+
+class LMOutputWithMetrics(NamedTuple):
+    """LMOutputWithLoss with token_metrics=True: the same four fields, then sums over the targets that need no logits kept."""
+
+    logits: Tensor | None
+    loss: Tensor
+    ce_loss: Tensor
+    z_loss: Tensor | None
+    correct: Tensor
+    """Targets than which no class is more likely: divide by the number of targets for the accuracy. fp32; [B, K] for `none`."""
+    entropy: Tensor
+    """Entropy of the predicted distribution in nats, summed over the targets. fp32; [B, K] for `none`."""
+
+
+class LMHead(Head):
+    """Interface of every head over a vocabulary.
+
+    Args:
+        config: what the head is.
+        d_model: width of the hidden states.
+        vocab_size: classes that can be predicted.
+    """
+
+    def __init__(self, config: LMHeadConfig, *, d_model: int, vocab_size: int) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("vocab_size", vocab_size)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        self.config = config
+        self.d_model = d_model
+        self.vocab_size = vocab_size
+
+    @property
+    def loss_implementation(self) -> LMLossImplementation:
+        """How the loss is computed."""
+        return self.config.loss_implementation
+
+    @abstractmethod
+    def projection(self) -> Projection:
+        """Weight [V, D], bias and soft cap, as data."""
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """What happens to hidden states [..., D] before the projection; each position by itself."""
+        return hidden
+
+    @abstractmethod
+    def num_matmul_params(self) -> int:
+        """Parameters that multiply every position, a tied projection included."""
+
+    @final
+    def num_flops_per_token(self, seq_len: int = 0, *, target_share: float = 1.0) -> float:
+        """Floating point operations of forward and backward per position: 6 per parameter that is multiplied, at positions with a target.
+
+        Args:
+            seq_len: has no influence; kept for callers that treat heads and backbones alike.
+            target_share: share of the positions that have a target.
+        """
+        return 6.0 * self.num_matmul_params() * target_share
+
+    @final
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        labels: Tensor | None = None,
+        ignore_index: int = IGNORE,
+        loss_reduction: Reduction = "mean",
+        z_loss_multiplier: float | None = None,
+        loss_div_factor: float | Tensor | None = None,
+        return_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        weights: Tensor | None = None,
+        class_weights: Tensor | None = None,
+        num_targets: int | None = None,
+        token_metrics: bool = False,
+    ) -> Tensor | LMOutputWithLoss | LMOutputWithMetrics:
+        """Logits without labels, losses with them.
+
+        Args:
+            x: hidden states [B, S, D].
+            labels: int64 [B, S], aligned with x.
+            ignore_index: label of positions without a target.
+            loss_reduction: `mean` over the targets, `sum`, or `none` for [B, K].
+            z_loss_multiplier: m of m·logsumexp(logits)²; None for the config's, 0 for off.
+            loss_div_factor: divides the losses, after the mean where there is one; 0 counts as 1, so that nothing over nothing is 0.
+            return_logits: True returns logits [B, K, V]; False never forms them all; None leaves it to the implementation: `default`
+                returns them, having them anyway, the others do not.
+            logits_to_keep: positions that count: 0 for all, N for the last N, positions [K] or [B, K], or a mask [B, S].
+            weights: fp32 [B, S], weight of each target. They do not change the divisor of a mean.
+            class_weights: fp32 [V], as in torch's cross_entropy; a mean divides by their sum over the targets.
+            num_targets: number of labels that are not ignore_index, when the host knows it: no waiting for the device. Not used with
+                logits_to_keep, which may drop targets.
+            token_metrics: return LMOutputWithMetrics, which has hits and entropy too. No logits are kept for it.
+
+        Returns:
+            Logits [B, K, V] (a mask: [kept, V]) without labels; LMOutputWithLoss or LMOutputWithMetrics with them.
+
+        Raises:
+            ValueError: labels out of range or of another shape, a reduction or a choice of positions that does not exist.
+            RuntimeError: return_logits=False without labels.
+            ConfigError: the loss implementation cannot run on this machine.
+        """
+        kept = keep_positions(Positions(x, labels, weights), logits_to_keep)
+        if labels is None:
+            if return_logits is False:
+                raise RuntimeError("return_logits=False without labels leaves nothing to return; give labels or leave return_logits out")
+            return project(self.prepare(kept.hidden), self.projection())
+        assert kept.labels is not None
+        check_reduction(loss_reduction)
+        whole = isinstance(logits_to_keep, int) and (logits_to_keep == 0 or logits_to_keep >= x.shape[1])
+        check_labels(kept.labels, self.vocab_size, ignore_index)
+        weights_M = None if kept.weights is None else kept.weights.reshape(-1)
+        rows = select_rows(kept.labels.reshape(-1), weights_M, ignore_index, num_targets if whole else None)
+        divided_by = divisor(loss_reduction, rows, ignore_index, class_weights, loss_div_factor)
+        options = LossOptions(
+            ignore_index=ignore_index,
+            z_loss_multiplier=self.config.z_loss_multiplier if z_loss_multiplier is None else z_loss_multiplier,
+            label_smoothing=self.config.label_smoothing,
+            class_weights_V=class_weights,
+            per_token=loss_reduction == "none",
+            token_metrics=token_metrics,
+            all_targets=rows.all_targets,
+            expected_grad=1.0 if loss_reduction == "none" else expected_grad(divided_by),
+        )
+        wants_logits = self.loss_implementation == "default" if return_logits is None else return_logits
+        logits, loss = self._with_logits(kept.hidden, rows, options) if wants_logits else (None, self._without(kept.hidden, rows, options))
+        return _output(logits, reduce_loss(loss, rows, kept.labels.shape, loss_reduction, divided_by))
+
+    def _without(self, hidden: Tensor, rows: Rows, options: LossOptions) -> LossSum:
+        """The loss alone, of the rows that have a target."""
+        hidden_ND = self.prepare(rows.select(hidden.reshape(-1, self.d_model)))
+        compute = loss_module(self.loss_implementation).linear_cross_entropy_sum
+        return compute(hidden_ND, self.projection(), rows.labels_N, options, rows.weights_N)
+
+    def _with_logits(self, hidden: Tensor, rows: Rows, options: LossOptions) -> tuple[Tensor, LossSum]:
+        """The logits of every position, and the loss made from them: they exist anyway."""
+        logits = project(self.prepare(hidden), self.projection())
+        logits_NV = rows.select(logits.reshape(-1, self.vocab_size))
+        labels_N, weights_N, counted_N = rows.labels_N, rows.weights_N, None
+        if not rows.all_targets:
+            counted_N = labels_N != options.ignore_index
+            labels_N = torch.where(counted_N, labels_N, 0)
+            logits_NV = torch.where(counted_N.unsqueeze(1), logits_NV, logits_NV.new_zeros(()))
+            weights_N = counted_N.float() if weights_N is None else torch.where(counted_N, weights_N, 0.0)
+        return logits, logits_loss_sum(logits_NV, labels_N, options, weights_N, counted_N)
+
+
+def _output(logits: Tensor | None, loss: LossSum) -> LMOutputWithLoss | LMOutputWithMetrics:
+    if loss.correct is None or loss.entropy is None:
+        return LMOutputWithLoss(logits, loss.total, loss.cross_entropy, loss.z_loss)
+    return LMOutputWithMetrics(logits, loss.total, loss.cross_entropy, loss.z_loss, loss.correct, loss.entropy)

@@ -2,15 +2,29 @@
 
 A head never computes a loss itself and a loss never sees a head, so heads × losses costs N + M. Sums and counts are returned; whoever
 calls divides, once, by the number of targets of the whole optimizer step.
+
+Row i with label y, logits z, class weights c (1 when absent) and smoothing ε has
+
+    cross-entropy   (1 − ε)·c_y·(lse − z_y)  +  ε/V·Σ_v c_v·(lse − z_v)         as in torch.nn.functional.cross_entropy
+    z-loss          m·c_y·lse²                                                  lse = logsumexp(z)
+
+both multiplied by the row's own weight. The maths is fp32 (fp64 for fp64 inputs), whatever the types of the operands.
 """
 
 from __future__ import annotations
 
+import logging
+from enum import StrEnum
+from functools import cache
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from heads_lightning.batch import IGNORE
+
+log = logging.getLogger(__name__)
 
 
 class Projection(NamedTuple):
@@ -24,6 +38,11 @@ class Projection(NamedTuple):
     """Bound c of the logits, c·tanh(z / c). None: none."""
     num_classes: int | None = None
     """Rows of the weight that are real; the rest is padding that is never predicted. None: all."""
+
+    @property
+    def classes(self) -> int:
+        """Classes that can be predicted."""
+        return self.weight_VD.shape[0] if self.num_classes is None else self.num_classes
 
 
 class LossOptions(NamedTuple):
@@ -41,6 +60,11 @@ class LossOptions(NamedTuple):
     """Return losses [N] instead of their sum."""
     token_metrics: bool = False
     """Also return correct and entropy (no gradient), without keeping logits."""
+    all_targets: bool = False
+    """The caller has dropped the ignored rows: no label is ignore_index."""
+    expected_grad: float = 1.0
+    """Gradient that `total` is expected to receive (1 ÷ whatever it will be divided by). A hint: it saves a pass over the gradients of
+    implementations that form them in the forward pass, and changes no result."""
 
 
 class LossSum(NamedTuple):
@@ -53,9 +77,9 @@ class LossSum(NamedTuple):
     z_loss: Tensor | None
     """Its z part, multiplier included, detached. None when off."""
     correct: Tensor | None = None
-    """Rows whose most likely class is the label (count, fp32), with token_metrics."""
+    """Rows in which no class is more likely than the label (count, fp32, unweighted), with token_metrics."""
     entropy: Tensor | None = None
-    """Summed entropy of the predicted distribution in nats, with token_metrics."""
+    """Summed entropy of the predicted distribution in nats, unweighted, with token_metrics."""
 
 
 class LossImplementation(Protocol):
@@ -69,5 +93,88 @@ class LossImplementation(Protocol):
         options: LossOptions,
         weights_N: Tensor | None = None,
     ) -> LossSum:
-        """Args: hidden_ND [N, D], any floating type; labels_N int64 [N]; weights_N fp32 [N], each row's weight. Loss maths is fp32."""
+        """Args: hidden_ND [N, D], any floating type; labels_N int64 [N], in range; weights_N fp32 [N], each row's weight."""
         ...
+
+
+class Feature(StrEnum):
+    """What a call can ask of an implementation beyond plain cross-entropy; each declares what it does natively."""
+
+    bias = "bias"
+    softcap = "softcap"
+    padded_vocabulary = "padded_vocabulary"
+    z_loss = "z_loss"
+    label_smoothing = "label_smoothing"
+    class_weights = "class_weights"
+    token_weights = "token_weights"
+    per_token = "per_token"
+    token_metrics = "token_metrics"
+    float64 = "float64"
+    frozen_hidden = "frozen_hidden"
+
+
+def features_of(hidden_ND: Tensor, projection: Projection, options: LossOptions, weights_N: Tensor | None) -> frozenset[Feature]:
+    """The features that a call needs."""
+    trains_weight_alone = torch.is_grad_enabled() and not hidden_ND.requires_grad and projection.weight_VD.requires_grad
+    needed = {
+        Feature.bias: projection.bias_V is not None,
+        Feature.softcap: projection.softcap is not None,
+        Feature.padded_vocabulary: projection.classes != projection.weight_VD.shape[0],
+        Feature.z_loss: options.z_loss_multiplier != 0,
+        Feature.label_smoothing: options.label_smoothing != 0,
+        Feature.class_weights: options.class_weights_V is not None,
+        Feature.token_weights: weights_N is not None,
+        Feature.per_token: options.per_token,
+        Feature.token_metrics: options.token_metrics,
+        Feature.float64: hidden_ND.dtype == torch.float64,
+        Feature.frozen_hidden: trains_weight_alone,
+    }
+    return frozenset(feature for feature, is_needed in needed.items() if is_needed)
+
+
+@cache
+def report_fallback(chosen: str, missing: frozenset[Feature]) -> None:
+    """Say once per combination that `chunked` computes what `chosen` cannot."""
+    names = ", ".join(sorted(missing))
+    log.warning("head.loss_implementation=%s does not do %s; head.loss_implementation=chunked computes this loss", chosen, names)
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of the loss maths for operands of `dtype`: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Type in which hidden @ weight.T runs: autocast's when it is on, else the wider of the two."""
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def project(hidden: Tensor, projection: Projection) -> Tensor:
+    """Logits [..., num_classes] of hidden [..., D] in the type of the matrix product; the soft cap is taken in fp32."""
+    dtype = matmul_dtype(hidden, projection.weight_VD)
+    weight_VD, bias_V = projection.weight_VD, projection.bias_V
+    if projection.classes != weight_VD.shape[0]:
+        weight_VD = weight_VD[: projection.classes]
+        bias_V = None if bias_V is None else bias_V[: projection.classes]
+    logits = F.linear(hidden.to(dtype), weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype))
+    if projection.softcap is None:
+        return logits
+    capped = torch.tanh(logits.to(loss_dtype(dtype)) / projection.softcap) * projection.softcap
+    return capped.to(dtype)
+
+
+def mask_ignored(
+    hidden_ND: Tensor, labels_N: Tensor, weights_N: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows without a target become (hidden 0, label 0, weight 0): what stood there, inf and NaN included, cannot reach the loss."""
+    if options.all_targets:
+        return hidden_ND, labels_N, weights_N
+    valid_N = labels_N != options.ignore_index
+    if not torch.compiler.is_compiling() and labels_N.device.type == "cpu" and bool(valid_N.all()):
+        return hidden_ND, labels_N, weights_N
+    hidden_ND = torch.where(valid_N.unsqueeze(1), hidden_ND, hidden_ND.new_zeros(()))
+    ones = valid_N.to(loss_dtype(hidden_ND.dtype))
+    weights_N = ones if weights_N is None else torch.where(valid_N, weights_N, ones.new_zeros(()))
+    return hidden_ND, torch.where(valid_N, labels_N, 0), weights_N

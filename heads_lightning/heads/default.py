@@ -1,0 +1,69 @@
+"""`head=default`: one linear projection, with an optional norm before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from heads_lightning.heads.base import LMHead
+from heads_lightning.heads.layers import Device, TiedLinear, build_norm, projection_std, reset_linear, reset_norm
+from heads_lightning.losses import Projection
+
+if TYPE_CHECKING:
+    from heads_lightning.configs.head import DefaultLMHeadConfig
+
+
+class DefaultLMHead(LMHead):
+    """logits = softcap(norm(hidden) @ weight.T + bias).
+
+    Args:
+        config: what the head is.
+        d_model: width of the hidden states.
+        vocab_size: classes that can be predicted.
+        init_device: where parameters are made; `meta` leaves them to to_empty and reset_parameters.
+        embedding: the token embedding, with tie_embeddings; it may have more rows than vocab_size, which are never predicted.
+    """
+
+    def __init__(
+        self,
+        config: DefaultLMHeadConfig,
+        *,
+        d_model: int,
+        vocab_size: int,
+        init_device: Device = "cpu",
+        embedding: nn.Embedding | None = None,
+    ) -> None:
+        super().__init__(config, d_model=d_model, vocab_size=vocab_size)
+        dtype = getattr(torch, config.dtype)
+        self.norm = None if config.layer_norm is None else build_norm(config.layer_norm, d_model, init_device, dtype)
+        self.w_out = TiedLinear(config, d_model, vocab_size, bias=config.has_bias, device=init_device, dtype=dtype)
+        if embedding is not None:
+            self.tie(embedding)
+        if torch.device(init_device).type != "meta":
+            self.reset_parameters()
+
+    def tie(self, embedding: nn.Embedding) -> None:
+        """Use the weight of `embedding` as the projection."""
+        if not self.config.tie_embeddings:
+            raise ValueError("a head is tied only with head.tie_embeddings=true")
+        self.w_out.tie(embedding)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights (see projection_std), zero bias, norm of scale one."""
+        reset_linear(self.w_out, projection_std(self.d_model), generator)
+        if self.norm is not None:
+            reset_norm(self.norm)
+
+    def prepare(self, hidden: Tensor) -> Tensor:
+        """The norm, where there is one."""
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def projection(self) -> Projection:
+        """The matrix as it is."""
+        return Projection(self.w_out.matrix(), self.w_out.bias, self.config.logit_softcap, self.vocab_size)
+
+    def num_matmul_params(self) -> int:
+        """The matrix."""
+        return self.d_model * self.vocab_size

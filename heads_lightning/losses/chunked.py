@@ -1,0 +1,273 @@
+"""`chunked`: ours. Gradients are formed in the forward pass, chunk by chunk, so that no more than a chunk of logits ever exists.
+
+Works on any device and with any type, with every feature, natively; three matrix products in all, four for losses per token (which are
+recomputed in the backward pass, since the gradient of each is unknown before). Cross-chunk sums and the loss are fp32. The gradients are
+handed over once: a second backward pass is refused in words, as is a second derivative; `default` does both.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heads_lightning.losses import chunked_kernels as kernels
+from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
+from heads_lightning.losses.chunked_kernels import Gradients, RowStats, Spec
+from heads_lightning.losses.once import refuse_again
+
+FEATURES = frozenset(Feature)
+WORKSPACE_BYTES = 40 << 20
+"""Logits that exist at a time on a CPU."""
+WORKSPACE_BYTES_ACCELERATOR = 512 << 20
+MAX_ROWS = 1024
+"""More rows in a chunk gain nothing on a CPU."""
+PROBE_FLOP = 2**33
+"""Below this size of one matrix product it is not worth finding out which library is faster."""
+
+
+def unavailable() -> str | None:
+    """None: it runs everywhere."""
+    return None
+
+
+def linear_cross_entropy_sum(
+    hidden_ND: Tensor, projection: Projection, labels_N: Tensor, options: LossOptions, weights_N: Tensor | None = None
+) -> LossSum:
+    """See LossImplementation."""
+    if weights_N is not None and weights_N.requires_grad and torch.is_grad_enabled():
+        return _differentiable_weights(hidden_ND, projection, labels_N, options, weights_N)
+    counted_N = None if options.all_targets or not options.token_metrics else labels_N != options.ignore_index
+    hidden_ND, labels_N, weights_N = mask_ignored(hidden_ND, labels_N, weights_N, options)
+    spec = _spec(hidden_ND, projection, options)
+    tensors = (hidden_ND, projection.weight_VD, projection.bias_V, labels_N, weights_N, options.class_weights_V, counted_N)
+    return LossSum(*(_PerToken if options.per_token else _Summed).apply(*tensors, spec))
+
+
+def _spec(hidden_ND: Tensor, projection: Projection, options: LossOptions) -> Spec:
+    wants_grad = torch.is_grad_enabled()
+    dtype = matmul_dtype(hidden_ND, projection.weight_VD)
+    return Spec(
+        z_loss_multiplier=options.z_loss_multiplier,
+        label_smoothing=options.label_smoothing,
+        softcap=projection.softcap,
+        classes=projection.classes,
+        token_metrics=options.token_metrics,
+        need_dx=wants_grad and hidden_ND.requires_grad,
+        need_dw=wants_grad and projection.weight_VD.requires_grad,
+        need_db=wants_grad and projection.bias_V is not None and projection.bias_V.requires_grad,
+        dtype=dtype,
+        # gradients of fp16 stay unscaled until the backward pass: 1 ÷ tokens would underflow in them
+        scale=1.0 if dtype == torch.float16 else options.expected_grad,
+        rows=chunk_rows(hidden_ND.shape[0], projection.classes, hidden_ND.shape[1], dtype, hidden_ND.device.type),
+    )
+
+
+def _differentiable_weights(
+    hidden_ND: Tensor, projection: Projection, labels_N: Tensor, options: LossOptions, weights_N: Tensor
+) -> LossSum:
+    """Weights that want a gradient multiply losses per token, outside."""
+    loss = linear_cross_entropy_sum(hidden_ND, projection, labels_N, options._replace(per_token=True, expected_grad=1.0))
+    weighted = [None if value is None else value * weights_N for value in (loss.total, loss.cross_entropy, loss.z_loss)]
+    cross_entropy, z_loss = (None if value is None else value.detach() for value in weighted[1:])
+    parts = (weighted[0], cross_entropy, z_loss, loss.correct, loss.entropy)
+    return LossSum(*(value if value is None or options.per_token else value.sum() for value in parts))  # pyright: ignore[reportArgumentType]
+
+
+def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
+    workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
+    size = classes * dtype.itemsize
+    fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
+    accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
+    if rows <= fits or rows * size <= workspace + accumulator:
+        return max(1, rows)
+    even = math.ceil(rows / math.ceil(rows / fits))
+    return min(rows, math.ceil(even / 16) * 16)
+
+
+def _compute(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    weights_N: Tensor | None,
+    class_weights_V: Tensor | None,
+    spec: Spec,
+) -> tuple[RowStats, Gradients]:
+    """Losses of the rows and gradients of spec.scale · their weighted sum, in the types of the operands."""
+    with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+        acc = loss_dtype(spec.dtype)
+        terms = kernels.row_terms(labels_N, weights_N, class_weights_V, spec, acc)
+        x_ND, w_VD = hidden_ND.to(spec.dtype), weight_VD[: spec.classes].to(spec.dtype)
+        b_V = None if bias_V is None else bias_V[: spec.classes].to(acc)
+        product = _block_matmul(x_ND, w_VD, spec)
+        if product is None:
+            stats, gradients = kernels.dense(x_ND, w_VD, b_V, labels_N, terms, spec)
+        else:
+            stats, gradients = kernels.blocked(x_ND, w_VD, b_V, labels_N, terms, spec, product)
+        return stats, Gradients(*_like_operands(gradients, hidden_ND, weight_VD, bias_V, keep_accumulator=spec.dtype == torch.float16))
+
+
+def _like_operands(
+    gradients: Gradients, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, keep_accumulator: bool
+) -> list[Tensor | None]:
+    """Gradients in the types of what they belong to, rows of padding zero."""
+    result: list[Tensor | None] = []
+    for gradient, operand in zip(gradients, (hidden_ND, weight_VD, bias_V), strict=True):
+        if gradient is None or operand is None:
+            result.append(None)
+            continue
+        if not keep_accumulator:
+            gradient = gradient.to(operand.dtype)
+        missing = operand.shape[0] - gradient.shape[0]
+        result.append(torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])]) if missing else gradient)
+    return result
+
+
+def _sums(
+    stats: RowStats, weights_N: Tensor | None, counted_N: Tensor | None, spec: Spec, *, per_token: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The fields of LossSum."""
+
+    def finish(values_N: Tensor, factor_N: Tensor | None) -> Tensor:
+        if factor_N is not None:
+            values_N = values_N * factor_N.to(values_N.dtype)
+        return values_N if per_token else values_N.sum()
+
+    cross_entropy = finish(stats.cross_entropy_N, weights_N)
+    total, z_loss = cross_entropy.clone(), None
+    if spec.z_loss_multiplier:
+        square_N = spec.z_loss_multiplier * stats.lse_N.square()
+        z_loss = finish(square_N if stats.class_weight_N is None else square_N * stats.class_weight_N, weights_N)
+        total = cross_entropy + z_loss
+    if stats.correct_N is None or stats.entropy_N is None:
+        return total, cross_entropy, z_loss, None, None
+    return total, cross_entropy, z_loss, finish(stats.correct_N, counted_N), finish(stats.entropy_N, counted_N)
+
+
+class _Summed(torch.autograd.Function):
+    """Gradients formed in the forward pass and handed over in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        weights_N: Tensor | None,
+        class_weights_V: Tensor | None,
+        counted_N: Tensor | None,
+        spec: Spec,
+    ) -> tuple[Tensor | None, ...]:
+        stats, gradients = _compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, spec)
+        ctx.gradients, ctx.spec = gradients, spec
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V))
+        outputs = _sums(stats, weights_N, counted_N, spec, per_token=False)
+        ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if grad is None:
+            return (None,) * 8
+        refuse_again("chunked", used=ctx.gradients is None)
+        gradients, ctx.gradients = ctx.gradients, None
+        return (*_scaled(gradients, grad, ctx.spec.scale, ctx.dtypes), None, None, None, None, None)
+
+
+def _scaled(gradients: Gradients, grad: Tensor, scale: float, dtypes: tuple[torch.dtype | None, ...]) -> list[Tensor | None]:
+    """gradients · grad / scale, in place; on a CPU, where asking is free, nothing is done when the two are equal."""
+    known = grad.device.type == "cpu" and not torch.compiler.is_compiling()
+    as_expected = known and abs(float(grad) / scale - 1) < 2**-23  # one rounding of fp32
+    factor = None if as_expected else grad / scale
+    result: list[Tensor | None] = []
+    for gradient, dtype in zip(gradients, dtypes, strict=True):
+        if gradient is not None and factor is not None:
+            gradient = gradient.mul_(factor)
+        result.append(gradient if gradient is None or dtype is None else gradient.to(dtype))
+    return result
+
+
+class _PerToken(torch.autograd.Function):
+    """Losses [N]; the backward pass computes the logits again, now that it knows the gradient of each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        labels_N: Tensor,
+        weights_N: Tensor | None,
+        class_weights_V: Tensor | None,
+        counted_N: Tensor | None,
+        spec: Spec,
+    ) -> tuple[Tensor | None, ...]:
+        without = spec._replace(need_dx=False, need_dw=False, need_db=False)
+        stats, _ = _compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, without)
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V)
+        ctx.spec = spec._replace(token_metrics=False, scale=1.0)
+        outputs = _sums(stats, weights_N, counted_N, spec, per_token=True)
+        ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_N = grads[0]
+        if grad_N is None:
+            return (None,) * 8
+        refuse_again("chunked", used=False)
+        hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V = ctx.saved_tensors
+        row_grad_N = grad_N if weights_N is None else grad_N * weights_N
+        _, gradients = _compute(hidden_ND, weight_VD, bias_V, labels_N, row_grad_N, class_weights_V, ctx.spec)
+        dtypes = tuple(None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V))
+        typed = (None if g is None or d is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True))
+        return (*typed, None, None, None, None, None)
+
+
+def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> kernels.Matmul | None:
+    """The product for the blocked kernel, where that kernel is the better one; else None."""
+    plain = hidden_ND.device.type == "cpu" and spec.dtype in (torch.float32, torch.float64) and spec.softcap is None
+    if not plain or torch.compiler.is_compiling() or spec.classes <= kernels.BLOCK_COLUMNS:
+        return None
+    if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:
+        return _onednn if _onednn_wins(torch.get_num_threads()) else _plain
+    return _plain
+
+
+def _plain(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    return torch.mm(a_MK, b_NK.t())
+
+
+def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
+    """a @ b.T by oneDNN. torch.mm asks MKL for fp32, which reaches half of oneDNN's rate on some AMD processors."""
+    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
+
+
+@cache
+def _onednn_wins(threads: int) -> bool:
+    """Whether oneDNN's private fp32 product exists here, is right, and is faster than torch.mm with so many threads; asked once."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(256, 512, generator=generator), torch.randn(kernels.BLOCK_COLUMNS, 512, generator=generator)
+    exact = a.double() @ b.double().t()
+    try:
+        if (_onednn(a, b) - exact).norm() > 1e-6 * exact.norm():
+            return False
+    except (AttributeError, RuntimeError):
+        return False
+    seconds: dict[kernels.Matmul, float] = {_onednn: float("inf"), _plain: float("inf")}
+    for _ in range(4):
+        for product in seconds:
+            start = perf_counter()
+            product(a, b)
+            seconds[product] = min(seconds[product], perf_counter() - start)
+    return seconds[_onednn] < 0.97 * seconds[_plain]
