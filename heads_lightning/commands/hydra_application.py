@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -80,13 +80,15 @@ def _job(command: str, tree: DictConfig) -> Any:
         config = to_experiment(tree)
         for problem in machine_problems(config):
             raise ConfigError(problem)
-        return importlib.import_module(f"heads_lightning.commands.{command}").run(config, run_dir)
+        with _as_started():
+            return importlib.import_module(f"heads_lightning.commands.{command}").run(config, run_dir)
     except ConfigError as error:
-        with suppress(OSError):
-            run_dir.rmdir()  # only when nothing was written
         if context.mode == RunMode.MULTIRUN:
             raise  # the other cells of the sweep go on
         raise Refused(error) from error
+    finally:
+        with suppress(OSError):
+            run_dir.rmdir()  # only where nothing was written: a mistake, or a command that has no results of its own
 
 
 def main(command: str, arguments: Sequence[str]) -> None:
@@ -143,17 +145,49 @@ def grid(overrides: Sequence[str]) -> Iterator[list[str]]:
     return (list(cell) for cell in itertools.product(*axes))
 
 
+class Process(NamedTuple):
+    """What this file changes in the process while Hydra runs."""
+
+    argv: list[str]
+    full_error: str | None
+    """$HYDRA_FULL_ERROR."""
+
+    @classmethod
+    def now(cls) -> "Process":
+        """As it is."""
+        return cls(sys.argv, os.environ.get("HYDRA_FULL_ERROR"))
+
+    def enter(self) -> None:
+        """Make it so."""
+        sys.argv = self.argv
+        if self.full_error is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = self.full_error
+
+
+_started: list[Process] = []
+"""The process as the user started it, while Hydra runs in it; empty in the process of a launcher."""
+
+
 @contextmanager
 def hydra_process(arguments: Sequence[str]) -> Iterator[None]:
     """The process as Hydra reads it: its argv, and errors that are raised instead of printed."""
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [PROGRAM, *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    _started.append(Process.now())
+    Process([PROGRAM, *arguments], "1").enter()
     try:
         yield
     finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
+        _started.pop().enter()
+
+
+@contextmanager
+def _as_started() -> Iterator[None]:
+    """The process as the user started it, while a job runs: ranks and workers that the job starts repeat argv and environment."""
+    for_hydra = Process.now()
+    if _started:
+        _started[-1].enter()
+    try:
+        yield
+    finally:
+        for_hydra.enter()

@@ -33,6 +33,7 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _attention(config)
     yield from _prediction(config)
     yield from _tied(config)
+    yield from _vocabulary(config)
     yield from _lengths(config)
     yield from _run(config)
 
@@ -67,6 +68,11 @@ def _tied(config: ExperimentConfig) -> Iterator[str]:
     tied, dtype = getattr(config.head, "tie_embeddings", False), getattr(config.head, "dtype", DType.float32)
     if tied and dtype != DType.float32:
         yield f"head.tie_embeddings=true shares the backbone's float32 embedding, so head.dtype={dtype} cannot hold; use head.dtype=float32"
+
+
+def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
+    if "sentinels" in config.objective.special_tokens and config.tokenizer.num_sentinels < 1:
+        yield f"objective={config.objective.name} needs sentinel tokens; use e.g. tokenizer.num_sentinels=100"
 
 
 def _lengths(config: ExperimentConfig) -> Iterator[str]:
