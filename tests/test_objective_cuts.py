@@ -63,6 +63,30 @@ def test_every_place_of_a_multi_byte_text(pattern):
             assert got == v.encode(part)
 
 
+@pytest.mark.parametrize("last", ["", "\n", "no line end", "\n\n"])
+def test_cuts_between_lines(last):
+    """At line starts and the ends of the piece alone, each as often as another; ids as of each part alone."""
+    v = vocabulary()
+    text = "\n\n\ndef f():\n    return 'é'\n\n\n\t# 日本\n    x = 1\n" + last
+    ids = np.array(v.encode("before\n") + v.encode(text) + v.encode("\n\nafter"), np.uint16)
+    start, end = len(v.encode("before\n")), len(ids) - len(v.encode("\n\nafter"))
+    cutter = CharCutter(v, lines=True)
+    draws = np.random.default_rng(0).random((3000, 2))
+    cut = cutter.cut(cutter.measure(ids), np.full(3000, start), np.full(3000, end), draws)
+    source = np.concatenate([ids, cut.extra])
+    places = []
+    for starts, lengths in zip(cut.starts_P7, cut.lengths_P7, strict=True):
+        a, b, c, d, e, f, g = (source[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True))
+        parts = [text_of(part, v).decode() for part in (a + b, c + d + e, f + g)]
+        assert "".join(parts) == text
+        assert [a + b, c + d + e, f + g] == [v.encode(part) for part in parts]
+        places += [len(parts[0]), len(parts[0]) + len(parts[1])]
+    allowed = sorted({0, len(text), *(k + 1 for k, c in enumerate(text) if c == "\n")})
+    kinds, counts = np.unique(places, return_counts=True)
+    assert kinds.tolist() == allowed
+    assert np.abs(counts - 6000 / len(allowed)).max() < 5 * np.sqrt(6000 / len(allowed))
+
+
 def test_long_words_and_a_full_table():
     """Cells longer than the cutter looks at once; tables that are emptied on the way."""
     v = vocabulary()

@@ -50,6 +50,12 @@ def test_weights():
     assert abs(examples.part_BS[:, 0].mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 4000)
 
 
+def test_a_part_of_weight_zero_is_left_out():
+    config = MixtureConfig(parts={"a": {"name": "causal"}, "b": {"name": "prefix_lm", "weight": 0}})
+    assert config.attention is Attention.causal
+    assert config.build(vocabulary()).parts == ("a",)
+
+
 def test_ul2_has_seven_denoisers():
     mixture = UL2Config().build(vocabulary())
     assert len(mixture.parts) == 7
@@ -68,7 +74,8 @@ def test_ul2_has_seven_denoisers():
         ({"a": {"name": "fim", "rate": 2}}, r"objective\.parts\.a\.rate=2"),
         ({"a": {"name": "fim", "cut": "chars"}}, "it is char, token"),
         ({"a": {"name": "fim", "rate": "much"}}, "a float"),
-        ({"a": {"name": "causal", "weight": 0}}, "more than 0"),
+        ({"a": {"name": "causal", "weight": -1}}, "0 .left out. or more"),
+        ({"a": {"name": "causal", "weight": 0}}, "every part the weight 0"),
         ({"a": {"name": "causal"}, "b": {"name": "mlm"}}, "attention differs"),
         ({"a": {"name": "mixture"}}, "mixture in a mixture"),
         ({"a": {"name": "fim", "level": "document"}}, "rewrites the stream"),

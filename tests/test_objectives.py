@@ -253,6 +253,7 @@ FIM_VARIANTS = [
         (1.0, 0.0, FIMCut.token, SPMLayout.variant2, FIMLoss.middle),
         (0.7, 1.0, FIMCut.char, SPMLayout.variant2, FIMLoss.middle),
         (1.0, 1.0, FIMCut.token, SPMLayout.variant1, FIMLoss.all),
+        (1.0, 0.5, FIMCut.line, SPMLayout.variant2, FIMLoss.all),
     ]
 ]
 

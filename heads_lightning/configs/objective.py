@@ -55,6 +55,8 @@ class FIMCut(StrEnum):
     """Between any two characters; the parts are tokenised as if each stood alone."""
     token = "token"
     """Between two tokens."""
+    line = "line"
+    """Between two lines; the parts are tokenised as if each stood alone."""
 
 
 class FIMLevel(StrEnum):
@@ -263,13 +265,16 @@ class MixtureConfig(ObjectiveConfig):
     parts: dict[str, Any] = field(
         default_factory=lambda: {"left_to_right": {"name": "causal", "weight": 0.5}, "fim": {"name": "fim", "weight": 0.5, "rate": 1.0}}
     )
-    """Parts by a name of your choice: the objective's `name`, its `weight` (1 if left out), and any of that objective's own fields."""
+    """Parts by a name of your choice: the objective's `name`, its `weight` (1 if not given; 0 leaves the part out), and any of that
+    objective's own fields."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.parts:
             raise ConfigError("objective.parts={} has no part; give one, e.g. 'objective.parts={a:{name:causal},b:{name:fim,weight:2}}'")
         configs = self.part_configs()
+        if not configs:
+            raise ConfigError("objective.parts gives every part the weight 0; give one of them a weight")
         kinds = {config.attention for config in configs.values()}
         if kinds == {Attention.causal, Attention.prefix}:
             kinds = {Attention.prefix}  # a causal part has an empty prefix
@@ -292,8 +297,10 @@ class MixtureConfig(ObjectiveConfig):
             settings = {key: value for key, value in given.items() if key not in ("name", "weight")}
             if given["name"] == "mixture":
                 raise ConfigError(f"{place}.name=mixture is a mixture in a mixture; list its parts here instead")
-            if not isinstance(given.get("weight", 1), (int, float)) or given.get("weight", 1) <= 0:
-                raise ConfigError(f"{place}.weight={given['weight']} is out of range; a weight is more than 0")
+            if not isinstance(given.get("weight", 1), (int, float)) or given.get("weight", 1) < 0:
+                raise ConfigError(f"{place}.weight={given['weight']} is out of range; a weight is 0 (left out) or more")
+            if given.get("weight", 1) == 0:
+                continue
             configs[part] = _from_mapping(objectives[given["name"]], settings, place)
             if getattr(configs[part], "level", None) == FIMLevel.document:
                 raise ConfigError(f"{place}.level=document rewrites the stream of all parts; use {place}.level=context")

@@ -116,7 +116,7 @@ def _kind(byte: int) -> int:
 
 
 class CharCutter(Cutter):
-    """Cuts between characters (code points), never inside one.
+    """Cuts between characters (code points), never inside one; or between lines.
 
     A window may begin or end inside a character: those bytes keep single-byte tokens, since they are no text to encode.
     """
@@ -125,7 +125,9 @@ class CharCutter(Cutter):
     table_size = 1 << 17
     """Entries of the tables of encoded cells and texts; a full table is emptied. Affects speed alone."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, *, lines: bool = False) -> None:
+        """`lines`: cut only where a line begins, and at the ends of a piece."""
+        self._lines = lines
         self._bytes = [*vocabulary.token_bytes] + [b""] * (vocabulary.size - len(vocabulary.token_bytes))
         self._encode_text = vocabulary.encode
         self._byte_ids = {text: token for token, text in enumerate(self._bytes) if len(text) == 1}
@@ -141,7 +143,7 @@ class CharCutter(Cutter):
         ids = np.array(self._encode_text(_PROBE), np.int64)
         count = len(_PROBE) + 1
         draws = np.random.default_rng(0).random((2 * count, 2))
-        draws[:count, 0] = (np.arange(count) + 0.5) / count  # every place once
+        draws[:count, 0] = (np.arange(count) + 0.5) / count  # every place between characters once
         ends = np.full(len(draws), len(ids))
         parts = self.cut(self.measure(ids), np.zeros_like(ends), ends, draws)
         source = np.concatenate([ids, parts.extra]).tolist()
@@ -159,10 +161,15 @@ class CharCutter(Cutter):
             )
 
     def _byte_tables(self) -> None:
-        leads = [[k for k, byte in enumerate(text) if byte & 0xC0 != 0x80] for text in self._bytes]
-        self._chars_V = np.array([len(x) for x in leads], np.int32)
-        self._lead = np.array([*(k for x in leads for k in x), 0], np.int64)
-        self._lead_end_V = np.cumsum(self._chars_V, dtype=np.int64)
+        if self._lines:  # places are after line ends
+            places = [[k + 1 for k, byte in enumerate(text) if byte == ord("\n")] for text in self._bytes]
+        else:  # before the first bytes of characters
+            places = [[k for k, byte in enumerate(text) if byte & 0xC0 != 0x80] for text in self._bytes]
+        self._size_V = np.array([len(text) for text in self._bytes], np.int64)
+        self._count_V = np.array([len(x) for x in places], np.int32)
+        self._place = np.array([*(k for x in places for k in x), 0], np.int64)
+        self._place_end_V = np.cumsum(self._count_V, dtype=np.int64)
+        self._ends_V = np.array([not text.endswith(b"\n") for text in self._bytes], np.int32)
         kinds = [_kind(byte) for byte in range(256)]
         inside = {(kinds[a], kinds[b]) for text in set(self._bytes) for a, b in pairwise(text)}
         safe = _SAFE | {_MARK: _SAFE[_MARK] | sum(kind for kind in (_LETTER, _NEWLINE) if (_MARK, kind) not in inside)}
@@ -170,8 +177,8 @@ class CharCutter(Cutter):
         self._end_V = np.array([(safe.get(kinds[text[-1]], 0) if text else _ANY) | _SPECIAL for text in self._bytes], np.uint8)
 
     def measure(self, tokens: np.ndarray) -> Measured:
-        chars = self._chars_V[tokens]
-        return Measured(tokens, np.cumsum(chars, dtype=np.int32 if len(tokens) < 1 << 24 else np.int64))
+        count = self._count_V[tokens]
+        return Measured(tokens, np.cumsum(count, dtype=np.int32 if len(tokens) < 1 << 24 else np.int64))
 
     def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
         at_P2, byte_P2 = self._places(text, starts, ends, draws_P2)
@@ -184,16 +191,24 @@ class CharCutter(Cutter):
     def _places(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two places a piece, in order: the token that each falls in (or the piece's end), and before which byte of it."""
         tokens, count = text
-        before = count[starts] - self._chars_V[tokens[starts]]
-        places_P2 = (draws_P2 * (count[ends - 1] - before + 1)[:, None]).astype(count.dtype)
+        before = count[starts] - self._count_V[tokens[starts]]
+        inner = count[ends - 1] - before
+        # between characters: before each, and the end; between lines: the start, after each line end, and the end if it is not one
+        open_end = self._ends_V[tokens[ends - 1]] if self._lines else 0
+        places_P2 = (draws_P2 * (inner + 1 + open_end)[:, None]).astype(count.dtype)
         places_P2.sort(axis=1)
-        places_P2 += before[:, None]
-        at_P2 = np.minimum(np.searchsorted(count, places_P2, side="right"), ends[:, None])
-        inside = at_P2 < ends[:, None]
+        places_P2 -= self._lines
+        at_P2 = np.minimum(np.searchsorted(count, places_P2 + before[:, None], side="right"), ends[:, None])
+        at_P2 = np.where(places_P2 < 0, starts[:, None], at_P2)
+        inside = (at_P2 < ends[:, None]) & (places_P2 >= 0)
         token_P2 = at_P2 * inside
         id_P2 = tokens[token_P2]
-        nth = places_P2 - count[token_P2] + self._lead_end_V[id_P2]
-        return at_P2, self._lead[nth * inside] * inside
+        nth = places_P2 + before[:, None] - count[token_P2] + self._place_end_V[id_P2]
+        byte_P2 = self._place[nth * inside] * inside
+        if not self._lines:
+            return at_P2, byte_P2
+        whole = inside & (byte_P2 == self._size_V[id_P2])  # after the token's last byte is before the next token
+        return at_P2 + whole, byte_P2 * ~whole
 
     def _find_cells(
         self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, at_P2: np.ndarray, byte_P2: np.ndarray

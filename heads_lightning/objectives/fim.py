@@ -81,7 +81,7 @@ class FIM(Objective):
         self._sentinels = require_roles(vocabulary, config.special_tokens, config.name)  # PRE, SUF, MID, END
         self.config = config
         self.vocabulary = vocabulary
-        self.cutter: Cutter = CharCutter(vocabulary) if config.cut is FIMCut.char else TokenCutter()
+        self.cutter: Cutter = TokenCutter() if config.cut is FIMCut.token else CharCutter(vocabulary, lines=config.cut is FIMCut.line)
         self.rewrites_stream = config.level is FIMLevel.document
         self._spm = _SPM1 if config.spm is SPMLayout.variant1 else _SPM2
 

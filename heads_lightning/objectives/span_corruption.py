@@ -39,6 +39,7 @@ class SpanCorruption(Objective):
         self.config = config
         self.vocabulary = vocabulary
         self.attention = config.attention  # pyright: ignore[reportAttributeAccessIssue]  # the one objective that has two
+        self._windows: dict[int, Window] = {}
         self._spare = int(config.edges is SpanEdges.uniform)
         if not vocabulary.sentinels:
             raise ConfigError(f"objective={config.name} needs sentinels in the tokenizer; set tokenizer.num_sentinels=100")
@@ -60,6 +61,11 @@ class SpanCorruption(Objective):
         return (source if self.attention is Attention.encoder_decoder else source + target - 2) <= sequence_length
 
     def window(self, sequence_length: int) -> Window:
+        if sequence_length not in self._windows:
+            self._windows[sequence_length] = self._solve(sequence_length)
+        return self._windows[sequence_length]
+
+    def _solve(self, sequence_length: int) -> Window:
         num_tokens = 2
         if not self._fits(num_tokens, sequence_length):
             raise ConfigError(f"data.sequence_length={sequence_length} is too short for objective={self.config.name}")
