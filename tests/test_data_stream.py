@@ -108,6 +108,23 @@ def test_every_window_comes_once_an_epoch_and_epochs_differ():
     assert len({int(s.min()) for s in starts}) > 1  # shifted
 
 
+def test_the_order_differs_from_epoch_to_epoch_and_seed_to_seed():
+    orders = [
+        tuple(samples.examples(epoch * samples.windows, samples.windows).tokens_BS[:, 0].tolist())
+        for samples in (stream(500, seed=0, shift=False), stream(500, seed=1, shift=False))
+        for epoch in range(3)
+    ]
+    assert len(set(orders)) == 6
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+
+
+@pytest.mark.parametrize("length", [57, 60, 64])
+def test_windows_begin_at_every_place_in_time(length):
+    samples = stream(length)
+    starts = samples.examples(0, samples.windows * 80).tokens_BS[:, 0] % 8
+    assert set(starts.tolist()) == set(range(8))
+
+
 def test_all_positions_are_seen_in_time():
     samples = stream(60)
     seen = np.unique(samples.examples(0, samples.windows * 60).tokens_BS)

@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/data.py [--repeats N]
 
-Prints medians of interleaved repeats in one process, per second of processor time (other work on the machine does not show), over the standard library and its 4,096-entry vocabulary:
-tokenising (read, check, encode, hash, write a part) against `tokenizers` alone on texts already in memory; the loader (read, transform,
-collate, with and without its thread) against torch's DataLoader over the same windows; and what a second `prepare` costs.
+Prints medians of interleaved repeats in one process, per second of processor time (other work on the machine shows less), over the
+standard library and its 4,096-entry vocabulary: tokenising (read, check, encode, hash, write a part) against `tokenizers` alone on
+texts already in memory; the loader (read, transform, collate, with and without its thread) against torch's DataLoader over the same
+windows; and what a second `prepare` costs.
 """
 
 from __future__ import annotations
@@ -112,9 +113,7 @@ def loading(prepared: PreparedData, sequence_length: int, batch_size: int, repea
             rates[name].append(way())
     for name, values in rates.items():
         ratio = statistics.median(v / t for v, t in zip(values, rates["torch DataLoader"], strict=True))
-        print(
-            f"S {sequence_length:5d} B {batch_size:3d}  {name:24s} {statistics.median(values):7.1f} Mtok per CPU-second   {ratio:.1f} x torch"
-        )
+        print(f"S {sequence_length:5d} B {batch_size:3d}  {name:24s} {statistics.median(values):7.1f} Mtok/CPU-s   {ratio:.1f} x torch")
 
 
 def _rate(batches, tokens: int) -> float:

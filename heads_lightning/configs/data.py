@@ -126,3 +126,45 @@ class RepeatConfig(DataConfig):
         from heads_lightning.data.sources import Repeat
 
         return Repeat(self)
+
+
+@data_sources.register("jsonl")
+@dataclass
+class JsonlConfig(DataConfig):
+    """Lines of JSON, one document a line, plain or gzipped."""
+
+    name: str = "jsonl"
+    root: str = "."
+    """Folder that the patterns are relative to."""
+    include: list[str] = field(default_factory=lambda: ["**/*.jsonl", "**/*.jsonl.gz"])
+    """Glob patterns of files to read."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns of files to leave out."""
+    text_field: str = "text"
+    """Key of the document's text."""
+
+    def build_source(self) -> Source:
+        from heads_lightning.data.records import Jsonl
+
+        return Jsonl(self)
+
+
+@data_sources.register("parquet")
+@dataclass
+class ParquetConfig(DataConfig):
+    """Parquet files, one document a row. Needs pyarrow (it comes with mlflow)."""
+
+    name: str = "parquet"
+    root: str = "."
+    """Folder that the patterns are relative to."""
+    include: list[str] = field(default_factory=lambda: ["**/*.parquet"])
+    """Glob patterns of files to read."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns of files to leave out."""
+    text_field: str = "text"
+    """Column of the document's text."""
+
+    def build_source(self) -> Source:
+        from heads_lightning.data.records import Parquet
+
+        return Parquet(self)

@@ -95,7 +95,7 @@ class Stdlib(Source):
         self._excluded = self._EXCLUDED | (frozenset() if config.include_tests else {"test", "tests"})
 
     @cached_property
-    def _listing(self) -> list[_File]:
+    def _listing(self) -> list[File]:
         found = _walk(self.root, keep_folder=lambda path: path.rsplit("/", 1)[-1] not in self._excluded)
         files = [file for file in found if file.name.endswith(".py")]
         if not files:
@@ -103,7 +103,7 @@ class Stdlib(Source):
         return files
 
     def fingerprint(self) -> str:
-        return _listing_fingerprint(self._listing, sys.version)
+        return listing_fingerprint(self._listing, sys.version)
 
     def parts(self) -> list[list[str]]:
         return _group(self._listing)
@@ -123,17 +123,15 @@ class Files(Source):
     """
 
     def __init__(self, config: FilesConfig) -> None:
-        self.root = Path(config.root).expanduser()
-        if not self.root.is_dir():
-            raise ConfigError(f"data.root={config.root} is not a folder; data=files needs data.root=FOLDER")
+        self.root = root_folder(config.root, group="data=files")
         self._config = config
 
     @cached_property
-    def _listing(self) -> list[_File]:
+    def _listing(self) -> list[File]:
         return matching_files(self.root, self._config.include, self._config.exclude, group="data=files")
 
     def fingerprint(self) -> str:
-        return _listing_fingerprint(self._listing)
+        return listing_fingerprint(self._listing)
 
     def parts(self) -> list[list[str]]:
         return _group(self._listing)
@@ -178,14 +176,16 @@ class Repeat(Source):
 # files
 
 
-class _File(NamedTuple):
+class File(NamedTuple):
+    """A file of a source."""
+
     name: str
     """Path below the root, with forward slashes."""
     size: int
     modified_ns: int
 
 
-def _walk(root: Path, *, keep_folder: Any) -> Iterator[_File]:
+def _walk(root: Path, *, keep_folder: Any) -> Iterator[File]:
     """Every file below root in a fixed order; links to folders are not followed (they may form circles)."""
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root).as_posix()
@@ -196,10 +196,18 @@ def _walk(root: Path, *, keep_folder: Any) -> Iterator[_File]:
                 status = os.stat(os.path.join(folder, name))
             except OSError:
                 continue  # a dangling link
-            yield _File(prefix + name, status.st_size, status.st_mtime_ns)
+            yield File(prefix + name, status.st_size, status.st_mtime_ns)
 
 
-def matching_files(root: Path, include: Iterable[str], exclude: Iterable[str], *, group: str) -> list[_File]:
+def root_folder(root: str, *, group: str) -> Path:
+    """The folder that patterns are relative to, or one line that says it is not there."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"data.root={root} is not a folder; {group} needs data.root=FOLDER")
+    return path
+
+
+def matching_files(root: Path, include: Iterable[str], exclude: Iterable[str], *, group: str) -> list[File]:
     """Files below root whose relative path matches a pattern of `include` and none of `exclude`, or one line that says there are none."""
     wanted, unwanted = _any_glob(include), _any_glob(exclude)
     found = _walk(root, keep_folder=lambda path: not unwanted.fullmatch(path + "/"))
@@ -226,7 +234,8 @@ def _glob(pattern: str) -> str:
     )
 
 
-def _listing_fingerprint(listing: list[_File], *more: str) -> str:
+def listing_fingerprint(listing: list[File], *more: str) -> str:
+    """Of names, sizes and times, and whatever else decides what is read."""
     return hashlib.sha256(json.dumps([*more, listing]).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -235,7 +244,7 @@ def part_bytes(total_bytes: int) -> int:
     return min(max(total_bytes // _PARTS, _PART_BYTES[0]), _PART_BYTES[1])
 
 
-def _group(listing: list[_File]) -> list[list[str]]:
+def _group(listing: list[File]) -> list[list[str]]:
     """Neighbouring files together, up to the size of a part."""
     limit = part_bytes(sum(file.size for file in listing))
     parts: list[list[str]] = [[]]
