@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -362,3 +363,39 @@ def test_nothing_heavy_is_imported() -> None:
 def test_a_point_is_plain_json() -> None:
     record = point_record(Point(step=1, tokens=None, time=1.23456, values={"a": math.nan}))
     assert record == {"step": 1, "tokens": None, "time": 1.235, "values": {"a": "nan"}}
+
+
+def test_lightning_logs_into_the_record_and_does_not_end_the_run(tmp_path: Path) -> None:
+    import lightning.pytorch as pl
+    import torch
+
+    from heads_lightning.training.run_logger import RunLogger
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 1)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.log("train/loss", float(batch_idx))
+            self.log("tokens", 10.0 * (batch_idx + 1))
+            if batch_idx == 3:
+                raise KeyboardInterrupt
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    log = open_untracked(tmp_path)
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = pl.Trainer(logger=RunLogger(log), log_every_n_steps=1, max_epochs=1, **options)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit), log:
+        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=1))
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves Ctrl-C ignored
+    assert [(p.step, p.tokens, p.values) for p in read_metrics(log.run_dir)] == [
+        (0, 10, {"train/loss": 0.0}),
+        (1, 20, {"train/loss": 1.0}),
+        (2, 30, {"train/loss": 2.0}),
+    ]
+    assert list(read_records(log.run_dir / "tracking.jsonl"))[-1]["status"] == "KILLED"
