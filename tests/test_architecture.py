@@ -15,7 +15,8 @@ from heads_lightning.registry import Registry
 
 PACKAGE = Path(__file__).resolve().parents[1] / "heads_lightning"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "__pycache__" not in path.parts)
-MOST_LINES = 400
+MOST_LINES, FEW = 400, 3
+"""Lines of a module, and how many modules may be somewhat longer (DESIGN.md 6.11: few over 400)."""
 
 LAYERS: dict[str, float] = {
     "registry": 0, "batch": 0,
@@ -23,13 +24,16 @@ LAYERS: dict[str, float] = {
     "losses": 1, "objectives": 1, "backbones": 1,
     "heads": 2, "data": 2, "training": 2,
     "module": 3,
-    "composition": 4, "experiment": 4,
-    "generation": 5, "evaluation": 5, "conversion": 5, "testing": 5, "value_models": 5,
+    "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4,
+    "scoring": 5, "conversion": 5, "testing": 5, "value_models": 5,
+    "summary": 5.3, "run": 5.6,
     "commands": 6, "__main__": 7,
 }  # fmt: skip
-"""Parts of the package by layer; a part not named here is on the layer of `generation`."""
-SIBLINGS = {("heads", "losses"), ("data", "objectives"), ("experiment", "composition"), ("evaluation", "generation")}
-"""(importer, imported): the exceptions within or next to a layer that DESIGN.md names."""
+"""Parts of the package by layer; a part not named here is on layer 5."""
+FILES_ABOVE = {"training/callbacks.py": 3.5, "training/trainer.py": 3.5}
+"""Files above their folder: callbacks act on the LanguageModule, and the trainer is given them. The module imports neither."""
+SIBLINGS = {("heads", "losses"), ("data", "objectives"), ("experiment", "composition"), ("training", "heads")}
+"""(importer, imported) on one layer: those that DESIGN.md names; parameter groups are made from what a head declares (heads/base.py)."""
 COMPOSITION_MAY = {"registry", "batch", "configs", "composition"}
 NUMPY_ONLY = ("objectives",)
 TORCH_FREE = ("registry", "configs", "composition")
@@ -74,7 +78,7 @@ def parts_imported(path: Path, *, top_level: bool) -> set[str]:
 
 
 def layer(part: str) -> float:
-    return LAYERS.get(part, LAYERS["generation"])
+    return LAYERS.get(part, 5)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -83,9 +87,16 @@ def test_a_file_imports_lower_layers_only(path):
     if part == "__init__":
         return
     # a config's `build` imports its builder when it is called: that is the seam, not a dependency
+    own = FILES_ABOVE.get(path.relative_to(PACKAGE).as_posix(), layer(part))
     for other in parts_imported(path, top_level=part == "configs"):
-        allowed = other == part or layer(other) < layer(part) or (part, other) in SIBLINGS
-        assert allowed, f"{path.relative_to(PACKAGE)} (layer {layer(part)}) imports {other} (layer {layer(other)})"
+        allowed = other == part or layer(other) < own or (part, other) in SIBLINGS
+        assert allowed, f"{path.relative_to(PACKAGE)} (layer {own}) imports {other} (layer {layer(other)})"
+
+
+def test_the_module_does_not_import_the_files_above_it():
+    if (PACKAGE / "module.py").is_file():
+        above = {"heads_lightning." + name.removesuffix(".py").replace("/", ".") for name in FILES_ABOVE}
+        assert not imports(PACKAGE / "module.py") & above
 
 
 @pytest.mark.parametrize("part", ["losses", "objectives", "backbones", "heads"])
@@ -130,8 +141,13 @@ def test_a_file_is_named_after_its_option(group):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_is_short_and_says_what_it_is(path):
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= MOST_LINES
+    assert len(text.splitlines()) <= MOST_LINES * 1.1
     assert not text or ast.get_docstring(ast.parse(text)), f"{path} does not say what it is"
+
+
+def test_few_modules_are_long():
+    long = [str(path.relative_to(PACKAGE)) for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > MOST_LINES]
+    assert len(long) <= FEW, long
 
 
 def test_there_is_no_drawer():
