@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Generic, TypeVar
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 PLUGIN_GROUP = "heads_lightning.plugins"
 """Entry-point group of third-party parts: importing the named module registers them."""
@@ -27,6 +28,10 @@ STRICT_VARIABLE = "HEADS_LIGHTNING_STRICT_PLUGINS"
 
 class ConfigError(ValueError):
     """A mistake of the user's: one line that says what was given, what is allowed and the override that works."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason that one line explains; nobody's typing mistake, and no fault of the program's."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -52,10 +57,10 @@ class Registry(Generic[C]):
         self._options: dict[str, type[C]] = {}
         Registry.groups[group] = self
 
-    def register(self, name: str) -> Callable[[type[C]], type[C]]:
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator: make the dataclass the option `name`. Its field `name` must default to the same word."""
 
-        def decorate(cls: type[C]) -> type[C]:
+        def decorate(cls: type[T]) -> type[T]:
             taken = self._options.get(name)
             if taken is not None and _place(taken) != _place(cls):
                 raise ConfigError(f"{self.group}={name} is registered twice: by {_place(taken)} and by {_place(cls)}; rename one of them")

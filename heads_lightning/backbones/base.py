@@ -32,7 +32,11 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Hidden states [B, S, D] after the final norm. With a cache, `batch` holds only the new positions and causal attention is meant."""
+        """Hidden states [B, S, D] after the final norm.
+
+        With a cache, `batch` holds only the new positions. They see what was read before, and each other as the batch asks (causal or
+        prefix). Rows of unequal length are padded on the left with segment -1; later batches may leave segments_BS out.
+        """
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -38,6 +38,13 @@ class BackboneConfig(Option):
         """Learned numbers, the embedding included."""
         raise NotImplementedError  # abstract
 
+    def num_flops_per_token(self, sequence_length: int) -> int:
+        """Floating-point operations of the matrix products, forward and backward, per token; the head's are not included.
+
+        Attention is counted as if every position saw all `sequence_length` of them, the usual convention (PaLM, appendix B).
+        """
+        raise NotImplementedError  # abstract
+
 
 backbones: Registry[BackboneConfig] = Registry("backbone", BackboneConfig)
 
@@ -158,15 +165,23 @@ class TransformerConfig(BackboneConfig):
 
         return Transformer(self, vocab_size=vocab_size, init_device=init_device)
 
+    def _matrix_params(self) -> int:
+        """Weights of the linear layers, without biases."""
+        attention = 2 * self.d_model * self.width_of_head * (self.num_heads + self.kv_heads)
+        feed_forward = (3 if self.feed_forward == FeedForward.gated else 2) * self.d_model * self.ff_dim
+        return self.num_layers * (attention + feed_forward)
+
     def num_params(self, vocab_size: int) -> int:
         d, h, k, e, f = self.d_model, self.num_heads, self.kv_heads, self.width_of_head, self.ff_dim
-        bias = int(self.bias)
         norm = self.norm_config().num_params(d)
-        attention = d * e * (h + 2 * k) + bias * e * (h + 2 * k) + h * e * d + bias * d + (2 * e if self.qk_norm else 0)
-        matrices = 2 if self.feed_forward == FeedForward.gated else 1
-        feed_forward = matrices * (d * f + bias * f) + f * d + bias * d
+        inner_biases = e * (h + 2 * k) + (2 if self.feed_forward == FeedForward.gated else 1) * f
+        biases = inner_biases + 2 * d if self.bias else 0
         positions = self.max_positions * d if self.position == Position.learned else 0
-        return vocab_size * d + positions + self.num_layers * (attention + feed_forward + 2 * norm) + norm
+        vectors = self.num_layers * (2 * norm + biases + (2 * e if self.qk_norm else 0)) + norm
+        return vocab_size * d + positions + self._matrix_params() + vectors
+
+    def num_flops_per_token(self, sequence_length: int) -> int:
+        return 6 * self._matrix_params() + 12 * self.num_layers * self.num_heads * self.width_of_head * sequence_length
 
 
 @backbones.register("ngpt")
@@ -196,6 +211,7 @@ class NGPTConfig(BackboneConfig):
         super().__post_init__()
         for field in ("d_model", "num_layers", "num_heads"):
             self.require(getattr(self, field) >= 1, field, "1 or more")
+        self.require(self.alpha_init is None or self.alpha_init > 0, "alpha_init", "more than 0, or null")
         if self.d_model % self.num_heads or (self.d_model // self.num_heads) % 2:
             raise ConfigError(
                 f"backbone.d_model={self.d_model} divided by backbone.num_heads={self.num_heads} must be an even whole number"
@@ -218,9 +234,15 @@ class NGPTConfig(BackboneConfig):
 
         return NGPT(self, vocab_size=vocab_size, init_device=init_device)
 
+    def _matrix_params(self) -> int:
+        """Weights of the linear layers."""
+        head_dim = self.d_model // self.num_heads
+        return self.num_layers * self.d_model * (2 * head_dim * (self.num_heads + self.kv_heads) + 3 * self.ff_dim)
+
     def num_params(self, vocab_size: int) -> int:
-        d, f = self.d_model, self.ff_dim
-        e = d // self.num_heads
-        attention = d * e * (self.num_heads + 2 * self.kv_heads) + d * d + e  # + s_qk
-        feed_forward = 3 * d * f + 2 * f  # + s_u, s_v
-        return vocab_size * d + self.num_layers * (attention + feed_forward + 2 * d)  # + alpha_A, alpha_M
+        s_qk = self.kv_heads * (self.d_model // self.num_heads)
+        scales = s_qk + 2 * self.ff_dim + 2 * self.d_model  # s_qk; s_u and s_v; alpha of attention and of the feed-forward part
+        return vocab_size * self.d_model + self._matrix_params() + self.num_layers * scales
+
+    def num_flops_per_token(self, sequence_length: int) -> int:
+        return 6 * self._matrix_params() + 12 * self.num_layers * self.d_model * sequence_length

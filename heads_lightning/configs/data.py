@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from heads_lightning.configs.base import Option
 from heads_lightning.registry import ConfigError, Registry
+
+if TYPE_CHECKING:
+    from heads_lightning.data.sources import Source
 
 
 @dataclass
@@ -26,6 +29,12 @@ class DataConfig(Option):
     """Where prepared tokens are kept; shared by all runs below it."""
     prepare_processes: int | None = None
     """Processes that tokenise. None: one per processor. The result does not depend on it."""
+    drop_duplicates: bool = True
+    """Keep the first of documents with exactly the same text."""
+    min_characters: int = 1
+    """Shorter documents are left out."""
+    max_characters: int | None = None
+    """Longer documents are left out. None: no limit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,9 +42,12 @@ class DataConfig(Option):
         self.require(0 < self.validation_fraction < 1, "validation_fraction", "0 < validation_fraction < 1")
         self.require(self.validation_sequences >= 1, "validation_sequences", "1 or more")
         self.require(self.prepare_processes is None or self.prepare_processes >= 1, "prepare_processes", "1 or more")
+        self.require(self.min_characters >= 1, "min_characters", "1 or more")
+        if self.max_characters is not None and self.max_characters < self.min_characters:
+            raise ConfigError(f"data.max_characters={self.max_characters} is below data.min_characters={self.min_characters}")
 
-    def build_source(self) -> Any:
-        """The documents (heads_lightning.data.sources.Source)."""
+    def build_source(self) -> Source:
+        """The documents."""
         raise NotImplementedError  # abstract
 
 
@@ -54,7 +66,7 @@ class StdlibConfig(DataConfig):
     include_tests: bool = False
     """Also the library's own tests: three times as much, worth it beyond 10 M tokens."""
 
-    def build_source(self) -> Any:
+    def build_source(self) -> Source:
         from heads_lightning.data.sources import Stdlib
 
         return Stdlib(self)
@@ -70,15 +82,15 @@ class FilesConfig(DataConfig):
     """Folder that the patterns are relative to."""
     include: list[str] = field(default_factory=lambda: ["**/*.py"])
     """Glob patterns of files to read."""
-    exclude: list[str] = field(default_factory=list)
-    """Glob patterns of files to leave out."""
+    exclude: list[str] = field(default_factory=lambda: ["**/.*/**", "**/site-packages/**", "**/node_modules/**"])
+    """Glob patterns of files to leave out; hidden folders and installed packages unless changed."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.include:
             raise ConfigError("data.include=[] names no files; give glob patterns, e.g. data.include=[**/*.py]")
 
-    def build_source(self) -> Any:
+    def build_source(self) -> Source:
         from heads_lightning.data.sources import Files
 
         return Files(self)
@@ -102,13 +114,57 @@ class RepeatConfig(DataConfig):
     """Letters of the half that is repeated; no letter occurs twice in it."""
     seed: int = 0
     """Seed of the letters (not of training)."""
+    drop_duplicates: bool = False
+    """Keep the first of documents with exactly the same text; off, because short words repeat by chance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(1 <= self.word_length <= 26, "word_length", "1 to 26")
         self.require(self.num_documents >= 2, "num_documents", "2 or more")
 
-    def build_source(self) -> Any:
+    def build_source(self) -> Source:
         from heads_lightning.data.sources import Repeat
 
         return Repeat(self)
+
+
+@data_sources.register("jsonl")
+@dataclass
+class JsonlConfig(DataConfig):
+    """Lines of JSON, one document a line, plain or gzipped."""
+
+    name: str = "jsonl"
+    root: str = "."
+    """Folder that the patterns are relative to."""
+    include: list[str] = field(default_factory=lambda: ["**/*.jsonl", "**/*.jsonl.gz"])
+    """Glob patterns of files to read."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns of files to leave out."""
+    text_field: str = "text"
+    """Key of the document's text."""
+
+    def build_source(self) -> Source:
+        from heads_lightning.data.records import Jsonl
+
+        return Jsonl(self)
+
+
+@data_sources.register("parquet")
+@dataclass
+class ParquetConfig(DataConfig):
+    """Parquet files, one document a row. Needs pyarrow (it comes with mlflow)."""
+
+    name: str = "parquet"
+    root: str = "."
+    """Folder that the patterns are relative to."""
+    include: list[str] = field(default_factory=lambda: ["**/*.parquet"])
+    """Glob patterns of files to read."""
+    exclude: list[str] = field(default_factory=list)
+    """Glob patterns of files to leave out."""
+    text_field: str = "text"
+    """Column of the document's text."""
+
+    def build_source(self) -> Source:
+        from heads_lightning.data.records import Parquet
+
+        return Parquet(self)

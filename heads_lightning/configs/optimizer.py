@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from heads_lightning.configs.base import Option
 from heads_lightning.registry import Registry
@@ -34,6 +34,10 @@ class OptimizerConfig(Option):
         self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "more than 0, or null")
         self.require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers, 0 <= beta < 1")
 
+    def build(self, kinds: dict[str, list[Any]]) -> Any:
+        """The torch optimizer over parameters by kind (training.optimizers.parameter_kinds)."""
+        raise NotImplementedError  # abstract
+
 
 optimizers: Registry[OptimizerConfig] = Registry("optimizer", OptimizerConfig)
 
@@ -44,6 +48,11 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv 1711.05101), PyTorch's fused version where it exists."""
 
     name: str = "adamw"
+
+    def build(self, kinds: dict[str, list[Any]]) -> Any:
+        from heads_lightning.training.optimizers import adamw
+
+        return adamw(self, kinds)
 
 
 @optimizers.register("muon")
@@ -60,3 +69,8 @@ class MuonConfig(OptimizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 <= self.momentum < 1, "momentum", "0 <= momentum < 1")
+
+    def build(self, kinds: dict[str, list[Any]]) -> Any:
+        from heads_lightning.training.optimizers import muon
+
+        return muon(self, kinds)

@@ -16,6 +16,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 from heads_lightning.batch import Attention, Examples
+from heads_lightning.registry import ConfigError
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class SampleRandom:
         """Samples in the batch."""
         return len(self._key_B)
 
+    def select(self, rows: np.ndarray) -> SampleRandom:
+        """Fresh numbers (none drawn yet) of some of the samples."""
+        chosen = object.__new__(SampleRandom)
+        chosen._key_B, chosen._drawn = self._key_B[rows], 0
+        return chosen
+
     def bits(self, count: int) -> np.ndarray:
         """uint64 [B, count], uniform."""
         with np.errstate(over="ignore"):
@@ -100,6 +107,19 @@ class SampleRandom:
     def uint16(self, count: int) -> np.ndarray:
         """uint16 [B, count], uniform: a quarter of the cost of uniform, for one draw a token."""
         return self.bits(-(-count // 4)).view(np.uint16)[:, :count]
+
+    def bits_at(self, rows: np.ndarray, slots: np.ndarray, stream: int = 0) -> np.ndarray:
+        """uint64, uniform: the number in slot `slots[…]` of row `rows[…]` (broadcast together), whatever was drawn before.
+
+        For a few draws at places that depend on the data. A `stream` is apart from every other stream and from `bits`.
+        """
+        with np.errstate(over="ignore"):
+            key = self._key_B ^ _mix(np.asarray([stream + 1]).astype(np.uint64) * _GOLDEN)
+            return _mix(key[rows] + (np.asarray(slots) + 1).astype(np.uint64) * _GOLDEN)
+
+    def uniform_at(self, rows: np.ndarray, slots: np.ndarray, stream: int = 0) -> np.ndarray:
+        """float64, uniform in [0, 1): see bits_at."""
+        return (self.bits_at(rows, slots, stream) >> np.uint64(11)) * 2.0**-53
 
 
 class Objective(ABC):
@@ -125,8 +145,29 @@ class Objective(ABC):
         raise NotImplementedError("this objective does not rewrite the stream")
 
 
+def gather_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64: the indices start, start + 1, …, start + length - 1 of every range, one range after the other."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    indices = np.repeat(starts - (ends - lengths), lengths)
+    indices += np.arange(total, dtype=np.int64)
+    return indices
+
+
+def require_roles(vocabulary: Vocabulary, roles: tuple[str, ...], objective: str) -> tuple[int, ...]:
+    """Ids of the special tokens `roles` (names of fields of Vocabulary); refuses a vocabulary that lacks one."""
+    ids = {role: getattr(vocabulary, role) for role in roles}
+    if missing := [role for role, token in ids.items() if token is None]:
+        raise ConfigError(f"objective={objective} needs the special tokens {', '.join(missing)}, which the tokenizer lacks; add them to it")
+    return tuple(ids.values())
+
+
 def document_segments(tokens_BR: np.ndarray, end_of_document: int) -> np.ndarray:
     """int32 [B, R]: number of the document that each position belongs to, from 0 in each row; the marker opens its document."""
+    rows, width = tokens_BR.shape
     starts = tokens_BR == end_of_document
-    starts[:, 0] = False
-    return np.cumsum(starts, axis=1, dtype=np.int32)
+    starts[:, 0] = True
+    at = np.flatnonzero(starts)  # few: a repeat of runs costs half of a running sum over every position
+    first = np.searchsorted(at, np.arange(rows) * width)
+    number = np.arange(len(at)) - np.repeat(first, np.diff(first, append=len(at)))
+    return np.repeat(number.astype(np.int32), np.diff(at, append=rows * width)).reshape(rows, width)

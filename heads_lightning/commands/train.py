@@ -1,0 +1,44 @@
+"""Train: build everything that a configuration describes, run it, report."""
+
+import sys
+from pathlib import Path
+
+from heads_lightning.configs.experiment import ExperimentConfig
+
+
+def run(config: ExperimentConfig, run_dir: Path) -> float | None:
+    """Train `config` in the folder `run_dir`. Returns the final validation loss, which sweepers minimise."""
+    if config.resume is not None:
+        config, run_dir = _resumed(config)
+    from heads_lightning.run import train
+    from heads_lightning.training.callbacks import Interrupted
+
+    try:
+        return train(config, run_dir, parent=_sweep_dir()).metrics.get("val/loss")
+    except Interrupted as stop:
+        print(f"heads-lightning: {stop}\n  go on with: heads-lightning train resume={run_dir}", file=sys.stderr)
+        raise
+
+
+def _sweep_dir() -> str | None:
+    """The folder of the sweep that this run is a cell of."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return HydraConfig.get().sweep.dir
+
+
+def _resumed(config: ExperimentConfig) -> tuple[ExperimentConfig, Path]:
+    """The run that `config.resume` names: its config with this command's fields on top, and its folder."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from heads_lightning.composition.resume import resumed_config
+    from heads_lightning.experiment import find_checkpoint
+
+    assert config.resume is not None
+    checkpoint = find_checkpoint(config.resume, config.run_root)
+    run_dir = checkpoint.parent.parent
+    overrides = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return resumed_config(run_dir, str(checkpoint), overrides), run_dir

@@ -1,0 +1,70 @@
+"""From overrides to a checked ExperimentConfig, the same way for the command line and for Python."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from heads_lightning.composition.mistakes import check_overrides, explained, refuse_loose_values
+from heads_lightning.composition.store import conf_dir, prepare_store, version_base
+from heads_lightning.composition.validation import validate
+from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.registry import ConfigError
+
+
+def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str = "train") -> ExperimentConfig:
+    """The experiment that `heads-lightning train OVERRIDES` would run, checked across its parts.
+
+    Args:
+        overrides: as on the command line, e.g. `["objective=mlm", "head=mlm", "trainer.max_steps=10"]`.
+        config_dir: a folder of your own YAML files, as with `--config-dir`.
+        config_name: the primary config.
+
+    Raises:
+        ConfigError: one line that says what was given, what is allowed and the override that works.
+    """
+    return to_experiment(compose_tree(overrides, config_dir=config_dir, config_name=config_name), overrides)
+
+
+def compose_tree(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str = "train") -> DictConfig:
+    """The composed tree before it becomes an ExperimentConfig: interpolations are not resolved, parts are not checked together."""
+    with initialized(config_dir), explained(overrides, config_dir):
+        check_overrides(overrides, config_dir)
+        return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir)])
+
+
+@contextmanager
+def initialized(config_dir: str | Path | None = None) -> Iterator[None]:
+    """Hydra made ready for composing; inside a running Hydra application its state comes back afterwards."""
+    prepare_store()
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir} is not a folder that can be read")
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), job_name="heads_lightning", **version_base()):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def search_path(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:
+    """The override that adds `config_dir` to Hydra's search path."""
+    if config_dir is None or any(o.startswith("hydra.searchpath") for o in overrides):
+        return []
+    quoted = Path(config_dir).resolve().as_posix().replace("\\", "\\\\").replace("'", "\\'")
+    return [f"hydra.searchpath=['file://{quoted}']"]
+
+
+def to_experiment(tree: DictConfig, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The typed, checked experiment of a composed tree (without Hydra's own node)."""
+    prepare_store()
+    with explained(overrides):
+        config = OmegaConf.to_object(tree)
+    assert isinstance(config, ExperimentConfig)
+    refuse_loose_values(config, overrides)
+    validate(config)
+    return config

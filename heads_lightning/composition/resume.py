@@ -1,0 +1,38 @@
+"""`resume=RUN`: the run's own saved config, plus the fields given beside it; parts cannot be swapped under a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from heads_lightning.composition.mistakes import parse
+from heads_lightning.composition.saved import from_yaml, plain
+from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.registry import ConfigError, Registry
+
+CONFIG_FILE = "config.yaml"
+
+
+def resumed_config(run_dir: Path, reference: str, overrides: Sequence[str]) -> ExperimentConfig:
+    """The config of `run_dir` with the overrides of the command line, and `resume` set to `reference`.
+
+    Raises:
+        ConfigError: the folder holds no config, or an override would swap a part.
+    """
+    saved = run_dir / CONFIG_FILE
+    if not saved.is_file():
+        raise ConfigError(f"resume={reference}: {run_dir} holds no {CONFIG_FILE}, so it is not a run folder")
+    tree = OmegaConf.create(plain(from_yaml(saved)))
+    for override in parse(list(overrides)):
+        key = override.get_key_element()
+        if key == "resume" or key.startswith("hydra"):
+            continue
+        if key in Registry.groups or key == "experiment":
+            kept = tree.get(key, {}).get("name", "its own")
+            raise ConfigError(f"resume={reference} goes on with {key}={kept}; leave out {key}=…, or start a new run")
+        OmegaConf.update(tree, key, override.value(), merge=True)
+    tree.resume = reference
+    return from_yaml(yaml.safe_dump(OmegaConf.to_container(tree)))

@@ -1,0 +1,143 @@
+"""The parts of an experiment checked together, and against this machine, before anything is allocated.
+
+A dataclass checks its own fields; what needs two parts is checked here. Each refusal is one sentence with an override that works.
+Not refused: `micro_batch_size` above a device's share of the batch (the share is used), and a normalized head on a plain backbone
+(its rows are renormalised after each step; nGPT's claims hold for `backbone=ngpt` alone).
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+from heads_lightning.configs.backbone import backbones
+from heads_lightning.configs.base import DType
+from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.configs.head import LMLossImplementation, heads
+from heads_lightning.configs.objective import objectives
+from heads_lightning.registry import ConfigError
+
+FIM_LEAST = 8
+"""Positions that fill-in-the-middle needs: four markers and a token or two of each part."""
+
+
+def validate(config: ExperimentConfig) -> None:
+    """Refuse (ConfigError) the first combination that cannot work."""
+    for problem in problems(config):
+        raise ConfigError(problem)
+
+
+def problems(config: ExperimentConfig) -> Iterator[str]:
+    """What of this experiment cannot work together, one sentence each."""
+    yield from _attention(config)
+    yield from _prediction(config)
+    yield from _tied(config)
+    yield from _vocabulary(config)
+    yield from _lengths(config)
+    yield from _run(config)
+
+
+def _attention(config: ExperimentConfig) -> Iterator[str]:
+    wanted, supported = config.objective.attention, config.backbone.attention_supported()
+    if wanted not in supported:
+        able = [f"backbone={name}" for name, cls in backbones.items() if wanted in cls.supports]
+        fitting = [f"objective={name}" for name, cls in objectives.items() if cls.attention in supported]
+        yield (
+            f"objective={config.objective.name} needs {wanted} attention, which backbone={config.backbone.name} does not give "
+            f"(it gives {', '.join(sorted(supported)) or 'none'}); use {_either(able)}, or {_either(fitting)}"
+        )
+
+
+def _prediction(config: ExperimentConfig) -> Iterator[str]:
+    wanted, scored = config.objective.predicts, config.head.predicts
+    if wanted != scored:
+        able = [f"head={name}" for name, cls in heads.items() if cls.predicts == wanted]
+        fitting = [f"objective={name}" for name, cls in objectives.items() if cls.predicts == scored]
+        yield (
+            f"objective={config.objective.name} predicts a {wanted}, but head={config.head.name} scores a {scored}; "
+            f"use {_either(able)}, or {_either(fitting)}"
+        )
+
+
+def _either(names: list[str]) -> str:
+    return " or ".join(names) or "another part (none of those installed fits)"
+
+
+def _tied(config: ExperimentConfig) -> Iterator[str]:
+    tied, dtype = getattr(config.head, "tie_embeddings", False), getattr(config.head, "dtype", DType.float32)
+    if tied and dtype != DType.float32:
+        yield f"head.tie_embeddings=true shares the backbone's float32 embedding, so head.dtype={dtype} cannot hold; use head.dtype=float32"
+
+
+def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
+    if "sentinels" in config.objective.special_tokens and config.tokenizer.num_sentinels < 1:
+        yield f"objective={config.objective.name} needs sentinel tokens; use e.g. tokenizer.num_sentinels=100"
+
+
+def _lengths(config: ExperimentConfig) -> Iterator[str]:
+    length, backbone = config.data.sequence_length, config.backbone
+    if config.objective.name == "fim" and length < FIM_LEAST:
+        yield (
+            f"data.sequence_length={length} is too short for objective=fim: its four markers and three parts need "
+            f"data.sequence_length={FIM_LEAST} or more"
+        )
+    positions = getattr(backbone, "max_positions", None)
+    if getattr(backbone, "position", None) == "learned" and positions is not None and positions < length:
+        yield (
+            f"data.sequence_length={length} is longer than backbone.max_positions={positions} learned positions; "
+            f"set backbone.max_positions={length} or backbone.position=rotary"
+        )
+
+
+def _run(config: ExperimentConfig) -> Iterator[str]:
+    if not config.name or config.name != config.name.strip(". ") or any(c in config.name for c in '/\\:*?"<>|\n'):
+        yield f"name={config.name!r} cannot name a folder; use letters, digits, - and _, e.g. name=first-try"
+    if not config.run_root.strip():
+        yield "run_root is empty; name a folder, e.g. run_root=runs"
+    if config.seed < 0:
+        yield f"seed={config.seed} is negative; use 0 or more"
+
+
+# ---------------------------------------------------------------------------------------------------------- this machine
+
+
+def machine_problems(config: ExperimentConfig) -> list[str]:
+    """What of this experiment cannot run on this machine, one sentence each; empty when all is well."""
+    return list(_machine(config, gpus=available_gpus()))
+
+
+def _machine(config: ExperimentConfig, *, gpus: int) -> Iterator[str]:
+    trainer = config.trainer
+    on_gpu = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and gpus > 0)
+    if getattr(config.head, "loss_implementation", None) == LMLossImplementation.fused_linear and not (on_gpu and gpus):
+        reason = "none is found" if not gpus else f"trainer.accelerator={trainer.accelerator} does not use it"
+        yield f"head.loss_implementation=fused_linear needs a GPU and {reason}; use head.loss_implementation=chunked or auto"
+    if trainer.accelerator == "gpu" and not gpus:
+        yield "trainer.accelerator=gpu, but no GPU is found; use trainer.accelerator=auto or cpu"
+    if trainer.accelerator == "mps" and not (platform.system() == "Darwin" and platform.machine() == "arm64"):
+        yield "trainer.accelerator=mps needs a Mac with Apple silicon; use trainer.accelerator=auto or cpu"
+    if on_gpu and 0 < gpus < trainer.devices:
+        yield f"trainer.devices={trainer.devices}, but {gpus} GPU{'s are' if gpus > 1 else ' is'} found; use trainer.devices={gpus}"
+    if trainer.precision == "16-mixed" and not (on_gpu and gpus):
+        yield "trainer.precision=16-mixed needs a GPU; use trainer.precision=bf16-mixed or 32-true"
+
+
+def available_gpus() -> int:
+    """GPUs that this process may use, found without torch: a driver that loads, and the devices it shows."""
+    if not any(_loads(library) for library in ("libcuda.so.1", "nvcuda.dll", "libamdhip64.so")):
+        return 0
+    visible = next((os.environ[v] for v in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if v in os.environ), None)
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
+    nvidia = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    amd = len(list(Path("/sys/class/kfd/kfd/topology/nodes").glob("*/mem_banks/0")))
+    return nvidia or amd or int(Path("/dev/dxg").exists() or os.name == "nt")
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""What the commands that ask a trained model take: `heads-lightning infill checkpoint=RUN …`."""
+
+from dataclasses import dataclass
+
+from heads_lightning.registry import ConfigError
+
+
+@dataclass
+class ModelRequest:
+    """What every question to a trained model names."""
+
+    checkpoint: str = "???"
+    """Run folder (its newest checkpoint), checkpoint file, or MLflow run id."""
+    run_root: str = "runs"
+    """Folder that holds runs: where an MLflow run id is looked up."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps."""
+
+
+@dataclass
+class SamplingRequest(ModelRequest):
+    """How tokens are drawn."""
+
+    max_new_tokens: int = 100
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0: always the most likely token; higher: more varied."""
+    top_k: int | None = None
+    """Draw from the k most likely tokens. None: all."""
+    top_p: float | None = None
+    """Draw from the likeliest tokens that together have this probability. None: all."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        for field, ok, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more, or null"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "more than 0, up to 1, or null"),
+        ):
+            if not ok:
+                raise ConfigError(f"{field}={getattr(self, field)} is out of range; it takes {allowed}")
+
+
+@dataclass
+class GenerateRequest(SamplingRequest):
+    """`heads-lightning generate`: continue a text. Also: text after `--`, or on standard input."""
+
+    prompt: str | None = None
+    """The text to continue."""
+    prompt_file: str | None = None
+    """A file that holds it."""
+
+
+@dataclass
+class InfillRequest(SamplingRequest):
+    """`heads-lightning infill`: fill the hole between two texts. Also: `-- PREFIX SUFFIX`, or standard input with one <FILL>."""
+
+    prefix_file: str | None = None
+    """File that holds what stands before the hole."""
+    suffix_file: str | None = None
+    """File that holds what stands after it. None: nothing does."""
+    layout: str | None = None
+    """psm or spm. None: one that the model was trained on."""
+
+
+@dataclass
+class EvaluateRequest(ModelRequest):
+    """`heads-lightning evaluate`: the held-out protocol on a trained model."""
+
+    text_tokens: int | None = None
+    """Held-out tokens scored left to right. None: as in the run's config."""
+    infill_lines: int | None = None
+    """Hidden lines. None: as in the run's config."""
+    json: bool = False
+    """Print the numbers as JSON alone."""

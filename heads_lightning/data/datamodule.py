@@ -1,0 +1,264 @@
+"""Prepared data to Lightning: a loader of optimizer steps, and a fixed one for validation.
+
+Choices. Step t of the optimizer reads samples t*G … t*G + G - 1 (G = global batch size); of each step every rank makes its own fixed
+share at once and cuts it into micro-batches. So every micro-batch knows how many targets the share has, the position in the data is a
+number, resuming is a multiplication, and neither the number of ranks nor the micro-batch size changes what a step is trained on. One
+thread makes the next step's share while this one is used. There are no worker processes: reading and transforming runs at tens of
+millions of tokens a second in this process, and handing arrays over from another costs more than making them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import lightning
+import torch
+
+from heads_lightning.batch import Batch
+from heads_lightning.data.shards import PreparedData, Split
+from heads_lightning.data.stream import SampleStream, rows_of
+from heads_lightning.objectives.base import Objective
+from heads_lightning.registry import ConfigError
+
+VALIDATION_SEED = 20_220_728
+"""Windows and transforms of validation do not depend on the seed of the experiment: results of different seeds are comparable."""
+
+
+class StepBatches:
+    """The micro-batches of optimizer steps, for one rank.
+
+    Args:
+        stream: the samples.
+        objective: that made them.
+        global_batch_size: sequences of a step, over all ranks; a multiple of world_size.
+        micro_batch_size: sequences of a micro-batch, at most.
+        rank: of this process.
+        world_size: processes in all.
+    """
+
+    def __init__(
+        self, stream: SampleStream, objective: Objective, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        if global_batch_size % world_size:
+            raise ConfigError(
+                f"trainer.global_batch_size={global_batch_size} sequences cannot be shared evenly by {world_size} devices; "
+                f"use a multiple of {world_size}"
+            )
+        self._stream, self._attention = stream, objective.attention
+        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._share = global_batch_size // world_size
+        self._offset = rank * self._share
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one step."""
+        share = self._stream.examples(step * self._global_batch_size + self._offset, self._share)
+        starts = range(0, self._share, self._micro_batch_size)
+        batches = [Batch.from_examples(rows_of(share, start, start + self._micro_batch_size), self._attention) for start in starts]
+        targets = sum(batch.num_targets for batch in batches)
+        return [batch._replace(step_targets=targets) for batch in batches]
+
+
+class TrainLoader:
+    """One item per optimizer step of the run: the list of this rank's micro-batches.
+
+    Args:
+        batches: of each step.
+        total_steps: of the run; the length of the loader, wherever it begins.
+        first_step: to begin with.
+        prefetch: make the next step in a thread while this one is used; the batches are the same.
+    """
+
+    def __init__(self, batches: StepBatches, *, total_steps: int, first_step: int = 0, prefetch: bool = True) -> None:
+        self._batches, self._total_steps, self._first_step, self._prefetch = batches, total_steps, first_step, prefetch
+        self.wait_seconds = 0.0
+        """Time spent waiting for a step that was not ready, the first one (which nothing could have made ahead) not counted."""
+
+    def __len__(self) -> int:
+        return self._total_steps
+
+    def seek(self, step: int) -> None:
+        """Begin the next iteration at a step."""
+        self._first_step = step
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        steps = range(self._first_step, self._total_steps)
+        return self._ahead(steps) if self._prefetch else map(self._batches.step, steps)
+
+    def _ahead(self, steps: range) -> Iterator[list[Batch]]:
+        if not steps:
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
+            current = self._batches.step(steps[0])
+            for step in steps[1:]:
+                coming = thread.submit(self._batches.step, step)
+                yield current
+                started = time.perf_counter()
+                current = coming.result()
+                self.wait_seconds += time.perf_counter() - started
+            yield current
+
+
+class ValidationLoader:
+    """The same samples at every pass: this rank's share of the first ones of a fixed order. Ranks may differ by one sequence.
+
+    Args:
+        stream: the samples.
+        objective: that made them.
+        sequences: samples in all.
+        micro_batch_size: sequences of a batch, at most.
+        rank: of this process.
+        world_size: processes in all.
+    """
+
+    def __init__(
+        self, stream: SampleStream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        self._stream, self._attention, self._micro_batch_size = stream, objective.attention, micro_batch_size
+        self._start, self._stop = sequences * rank // world_size, sequences * (rank + 1) // world_size
+
+    def __len__(self) -> int:
+        return -(-(self._stop - self._start) // self._micro_batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(self._start, self._stop, self._micro_batch_size):
+            count = min(self._micro_batch_size, self._stop - start)
+            yield Batch.from_examples(self._stream.examples(start, count), self._attention)
+
+
+class TokenDataModule(lightning.LightningDataModule):
+    """Training and validation batches of prepared data.
+
+    Args:
+        prepared: the tokens.
+        objective: makes examples of them.
+        sequence_length: positions of an example.
+        global_batch_size: sequences of an optimizer step, over all ranks.
+        micro_batch_size: sequences of one forward pass, at most.
+        seed: of the order and the transforms of training.
+        total_steps: optimizer steps of the run.
+        validation_sequences: sequences of a validation; fewer if the split has fewer.
+        rank: of this process; None: the trainer's (0 without one).
+        world_size: processes in all; None: the trainer's (1 without one).
+        prefetch: make the next step in a thread.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        objective: Objective,
+        *,
+        sequence_length: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        total_steps: int,
+        validation_sequences: int = 128,
+        rank: int | None = None,
+        world_size: int | None = None,
+        prefetch: bool = True,
+    ) -> None:
+        super().__init__()
+        self.prepared, self.objective = prepared, objective
+        self.sequence_length, self.global_batch_size, self.micro_batch_size = sequence_length, global_batch_size, micro_batch_size
+        self.seed, self.total_steps, self._prefetch = seed, total_steps, prefetch
+        self._rank, self._world_size = rank, world_size
+        self._next_step = 0
+        self._loader: TrainLoader | None = None
+        self.train_stream = _stream(prepared.train, objective, sequence_length, seed=seed, shift=True)
+        self.validation_stream = _stream(prepared.validation, objective, sequence_length, seed=VALIDATION_SEED, shift=False)
+        self.validation_sequences = min(validation_sequences, self.validation_stream.windows)
+
+    # position
+
+    def seek(self, step: int) -> None:
+        """Make the next training iteration begin at an optimizer step."""
+        self._next_step = step
+        if self._loader is not None:
+            self._loader.seek(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data. Steps taken are the trainer's count: what was made ahead does not matter."""
+        trainer = self.trainer
+        step = self._next_step if trainer is None else max(self._next_step, trainer.global_step)
+        return {"step": step} | self._identity()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where a state was taken, or refuse if it would not be the same data."""
+        ours = self._identity()
+        changed = [key for key, value in ours.items() if state_dict[key] != value]
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"the checkpoint was trained with {key}={state_dict[key]}, this run has {ours[key]}: "
+                f"its position in the data does not carry over; use the same {', '.join(changed)} or start a new run"
+            )
+        self.seek(state_dict["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "data fingerprint": self.prepared.fingerprint,
+            "data.sequence_length": self.sequence_length,
+            "trainer.global_batch_size": self.global_batch_size,
+            "seed": self.seed,
+        }
+
+    # loaders
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that training has waited for data so far, the first step apart."""
+        return 0.0 if self._loader is None else self._loader.wait_seconds
+
+    def train_dataloader(self) -> TrainLoader:
+        """The steps of the run from the position on (`seek`)."""
+        rank, world_size = self._place()
+        batches = StepBatches(
+            self.train_stream,
+            self.objective,
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        self._loader = TrainLoader(
+            batches, total_steps=self.total_steps, first_step=self._next_step, prefetch=self._prefetch
+        )
+        return self._loader
+
+    def val_dataloader(self) -> ValidationLoader:
+        """The same batches every time."""
+        rank, world_size = self._place()
+        return ValidationLoader(
+            self.validation_stream,
+            self.objective,
+            sequences=self.validation_sequences,
+            micro_batch_size=self.micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def transfer_batch_to_device(self, batch: Batch | list[Batch], device: torch.device, dataloader_idx: int) -> Batch | list[Batch]:
+        """Called by Lightning with a step's micro-batches or with one of validation."""
+        if isinstance(batch, Batch):
+            return batch.to(device, non_blocking=True)
+        return [micro_batch.to(device, non_blocking=True) for micro_batch in batch]
+
+    def _place(self) -> tuple[int, int]:
+        trainer = self.trainer
+        rank = self._rank if self._rank is not None else trainer.global_rank if trainer is not None else 0
+        world_size = self._world_size if self._world_size is not None else trainer.world_size if trainer is not None else 1
+        return rank, world_size
+
+
+def _stream(split: Split, objective: Objective, sequence_length: int, *, seed: int, shift: bool) -> SampleStream:
+    stream = SampleStream(split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift)
+    if stream.windows == 0:
+        needed, longest = objective.window(sequence_length).length, max((len(s.tokens) for s in split.shards), default=0)
+        raise ConfigError(
+            f"the {split.name} split has {longest} tokens in a row, and data.sequence_length={sequence_length} needs {needed}; "
+            f"use more data, another data.validation_fraction or a shorter data.sequence_length"
+        )
+    return stream

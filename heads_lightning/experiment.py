@@ -1,0 +1,174 @@
+"""From a config to parts that run: the only place that knows every part.
+
+`build` makes data, objective and module; `load` brings a trained run back. Training itself is `run.train`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from heads_lightning.backbones.base import Backbone
+from heads_lightning.composition import from_yaml, validate
+from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.data.datamodule import TokenDataModule
+from heads_lightning.data.prepare import PreparedData, prepare
+from heads_lightning.data.tokenizer import Tokenizer
+from heads_lightning.heads.base import Head
+from heads_lightning.module import LanguageModule
+from heads_lightning.objectives.base import Objective
+from heads_lightning.registry import ConfigError
+from heads_lightning.training.checkpoints import KEY, newest_checkpoint, read_checkpoint
+
+
+@dataclass
+class Experiment:
+    """The parts of a run."""
+
+    config: ExperimentConfig
+    prepared: PreparedData
+    objective: Objective
+    datamodule: TokenDataModule
+    module: LanguageModule
+
+
+def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.device | str = "cpu") -> tuple[Backbone, Head]:
+    """Backbone and head, laid out on meta, then initialised on `device` from config.seed: the same weights on any device count."""
+    backbone = config.backbone.build(vocab_size=vocab_size, init_device="meta")
+    head = build_head(config, backbone, vocab_size, init_device="meta")
+    backbone.to_empty(device=device)
+    head.to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(config.seed)
+    backbone.reset_parameters(generator)
+    head.reset_parameters(generator)
+    if isinstance(config.head, LMHeadConfig) and config.head.tie_embeddings:
+        head.tie(backbone.embedding)  # to_empty gave each its own storage
+    return backbone, head
+
+
+def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
+    """The head that fits a backbone."""
+    assert isinstance(config.head, LMHeadConfig)
+    embedding = backbone.embedding if config.head.tie_embeddings else None
+    return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
+
+
+def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """Preparation as one line per stage."""
+    lines = {
+        "waiting": "waiting for another run that prepares the same data",
+        "tokenizer": "training the tokenizer",
+        "tokens": "tokenising",
+        "shards": "writing shards",
+    }
+    said: set[str] = set()
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage not in said:
+            said.add(stage)
+            say(f"preparing data: {lines.get(stage, stage)} …")
+
+    return progress
+
+
+def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
+    """Prepare the data and build every part.
+
+    Raises:
+        ConfigError: the parts do not fit each other, or the data cannot be prepared.
+    """
+    validate(config)
+    prepared = prepare(config.data, config.tokenizer, progress=_said_once(say))
+    objective = config.objective.build(prepared.tokenizer.vocabulary)
+    datamodule = TokenDataModule(
+        prepared,
+        objective,
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        seed=config.seed,
+        validation_sequences=config.data.validation_sequences,
+        total_steps=config.trainer.steps(config.data.sequence_length),
+    )
+    backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
+    module = LanguageModule(
+        backbone,
+        head,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        total_steps=config.trainer.steps(config.data.sequence_length),
+        parts=objective.parts,
+        max_bad_steps=config.trainer.max_bad_steps,
+        compile=config.trainer.compile,
+    )
+    return Experiment(config, prepared, objective, datamodule, module)
+
+
+# -- finding and loading runs -------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(reference: str, run_root: str = "runs") -> Path:
+    """The checkpoint that `reference` names: a run folder (its newest), a checkpoint file, or an MLflow run id."""
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return newest_checkpoint(path)
+    from heads_lightning.training.tracking import find_run_dir
+
+    folder = find_run_dir(reference, Path(run_root))
+    if folder is None:
+        raise ConfigError(
+            f"{reference} is not a run folder, a checkpoint file or an MLflow run id known in {run_root}; "
+            f"runs lie in {run_root}/NAME/DATE, e.g. checkpoint={_newest_run(Path(run_root)) or run_root + '/…'}"
+        )
+    return newest_checkpoint(folder)
+
+
+def _newest_run(run_root: Path) -> Path | None:
+    runs = sorted(run_root.glob("*/*/checkpoints"), key=lambda p: p.stat().st_mtime)
+    return runs[-1].parent if runs else None
+
+
+@dataclass
+class TrainedModel:
+    """A model with everything needed to ask it something."""
+
+    config: ExperimentConfig
+    tokenizer: Tokenizer
+    backbone: Backbone
+    head: Head
+    step: int
+    checkpoint: Path
+
+
+def load(reference: str, *, run_root: str = "runs", device: torch.device | str = "cpu") -> TrainedModel:
+    """The model of a run folder, checkpoint file or MLflow run id, in evaluation mode."""
+    path = find_checkpoint(reference, run_root)
+    checkpoint = read_checkpoint(path)
+    config = from_yaml(checkpoint[KEY]["config"])
+    tokenizer = _tokenizer_from(checkpoint[KEY]["tokenizer"])
+    backbone, head = build_model(config, tokenizer.vocabulary.size, device=device)
+    weights = checkpoint["state_dict"]
+    backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
+    head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
+    return TrainedModel(config, tokenizer, backbone.eval(), head.eval(), checkpoint["global_step"], path)
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+    """A tokenizer as {file name: contents}, to travel inside a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
+
+
+def _tokenizer_from(files: dict[str, str]) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, contents in files.items():
+            (Path(folder) / name).write_text(contents, encoding="utf-8")
+        return Tokenizer.load(folder)

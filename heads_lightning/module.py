@@ -1,0 +1,266 @@
+"""LanguageModule: a backbone and a head, trained by optimizer steps.
+
+One Lightning "batch" is one whole optimizer step: the list of this rank's micro-batches. That keeps three things exact. The loss is
+divided once, by the number of targets of the step over all micro-batches and ranks, so how a global batch is cut changes nothing but
+rounding. Lightning's counters count optimizer steps, so resuming needs no arithmetic. And the learning rate is a pure function of the
+step, so there is no schedule state to restore.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from heads_lightning.backbones.base import Backbone
+from heads_lightning.batch import IGNORE, Batch
+from heads_lightning.configs.optimizer import OptimizerConfig
+from heads_lightning.configs.schedule import ScheduleConfig
+from heads_lightning.heads.base import Head
+from heads_lightning.registry import RunError
+from heads_lightning.training.optimizers import build_optimizer
+
+
+class TrainingStopped(RunError):
+    """Training cannot go on; the message says why and what the last batch held."""
+
+
+class LanguageModule(lightning.LightningModule):
+    """Backbone plus head as a Lightning module.
+
+    Args:
+        backbone: tokens to hidden states.
+        head: hidden states to a loss.
+        optimizer: how weights are updated.
+        schedule: factor of the learning rate by step.
+        total_steps: optimizer steps of the whole run.
+        parts: names of the objective's loss components; validation reports each.
+        max_bad_steps: steps in a row that may have a gradient that is not finite before the run stops.
+        compile: torch.compile the backbone's forward.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        *,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        total_steps: int,
+        parts: Sequence[str] = (),
+        max_bad_steps: int = 5,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone = backbone
+        self.head = head
+        self.optimizer_config = optimizer
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.parts = tuple(parts)
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0
+        self.bad_steps_in_a_row = 0
+        self.totals = Totals()
+        """Sums since the last logged point; the metrics callback reads and clears them."""
+        self._validation = Totals()
+        if compile:
+            self.backbone.compile()
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; its groups keep their peak rate as `peak_lr`."""
+        return build_optimizer(self.optimizer_config, self.backbone, self.head)
+
+    def training_step(self, step: list[Batch], batch_idx: int) -> None:
+        """One optimizer step over this rank's micro-batches."""
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * self.schedule.factor(batch_idx, self.total_steps)
+        targets = self._sum_over_ranks(step[0].step_targets)
+        # the strategy averages gradients over ranks: hand it world_size times this rank's share of the mean
+        divisor = max(targets, 1) / self.trainer.world_size
+        for i, batch in enumerate(step):
+            with self._gradients_stay_local(i + 1 < len(step)):
+                output = self._loss(batch, divisor)
+                self.manual_backward(output.loss)
+            self.totals.add(output, batch, divisor)
+        norm = self._clip(optimizer)
+        if self._is_bad(norm, step, batch_idx):
+            optimizer.zero_grad(set_to_none=True)
+        self.totals.finish_step(norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.backbone.after_optimizer_step()
+        self.head.after_optimizer_step()
+
+    def _loss(self, batch: Batch, divisor: float) -> Any:
+        hidden_BSD = self.backbone(batch)
+        return self.head(
+            hidden_BSD,
+            labels=batch.labels_BS,
+            weights=batch.weights_BS,
+            loss_reduction="sum",
+            loss_div_factor=divisor,
+            return_logits=False,
+            num_targets=batch.num_targets,
+        )
+
+    def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are exchanged once a step, with the last micro-batch."""
+        strategy = self.trainer.strategy
+        if local and isinstance(strategy, ParallelStrategy):
+            return strategy.block_backward_sync()
+        return contextlib.nullcontext()
+
+    def _sum_over_ranks(self, count: int) -> int:
+        if self.trainer.world_size == 1:
+            return count
+        total = torch.tensor(count, device=self.device, dtype=torch.int64)
+        torch.distributed.all_reduce(total)
+        return int(total)
+
+    def _clip(self, optimizer: Any) -> Tensor:
+        """Norm of the whole gradient before clipping, fp32 scalar."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        limit = self.optimizer_config.max_grad_norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters(), limit, norm)
+        return norm.detach()
+
+    def _is_bad(self, norm: Tensor, step: list[Batch], index: int) -> bool:
+        """True when the update must be skipped. The norm is the same on every rank, so the ranks agree."""
+        if bool(torch.isfinite(norm)):
+            self.bad_steps_in_a_row = 0
+            return False
+        self.bad_steps += 1
+        self.bad_steps_in_a_row += 1
+        if self.bad_steps_in_a_row >= self.max_bad_steps:
+            raise TrainingStopped(_report(norm, step, index, self.bad_steps_in_a_row))
+        return True
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Start from zero."""
+        self._validation = Totals(len(self.parts))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a micro-batch of held-out examples."""
+        output = self.head(
+            self.backbone(batch),
+            labels=batch.labels_BS,
+            weights=batch.weights_BS,
+            loss_reduction="none",
+            return_logits=False,
+        )
+        self._validation.add_tokens(output, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Sums of all ranks, divided once."""
+        totals = self._validation.over_ranks(self.device, self.trainer.world_size)
+        values = {"val/loss": totals.loss / max(totals.targets, 1)}
+        for i, name in enumerate(self.parts):
+            if totals.part_targets[i]:
+                values[f"val/loss_{name}"] = totals.part_losses[i] / totals.part_targets[i]
+        self.log_dict(values)
+
+
+class Totals:
+    """Sums of losses and counts, kept as tensors until somebody reads them: adding never synchronises with the device."""
+
+    def __init__(self, num_parts: int = 0) -> None:
+        self.num_parts = num_parts
+        self.clear()
+
+    def clear(self) -> None:
+        """Back to zero."""
+        self._tensors: dict[str, Tensor] = {}
+        self.targets = 0
+        self.positions = 0
+        self.steps = 0
+
+    def _accumulate(self, name: str, value: Tensor) -> None:
+        value = value.detach()
+        held = self._tensors.get(name)
+        # a non-finite value of a step that is skipped must not poison the sum of the others
+        self._tensors[name] = value.double() if held is None else held + value
+
+    def add(self, output: Any, batch: Batch, divisor: float) -> None:
+        """Add a training micro-batch whose loss was divided by `divisor`."""
+        self._accumulate("loss", output.ce_loss * divisor)
+        if output.z_loss is not None:
+            self._accumulate("z_loss", output.z_loss * divisor)
+        self.targets += batch.num_targets
+        self.positions += batch.tokens_BS.numel()
+
+    def finish_step(self, norm: Tensor) -> None:
+        """Count an optimizer step with this gradient norm."""
+        self._accumulate("grad_norm", norm)
+        self.steps += 1
+
+    def add_tokens(self, output: Any, batch: Batch) -> None:
+        """Add a micro-batch whose losses are per token."""
+        losses_BS = output.ce_loss.double()
+        self._accumulate("loss", losses_BS.sum())
+        self.targets += batch.num_targets
+        for i in range(self.num_parts):
+            inside_BS = (batch.labels_BS != IGNORE) & _part_is(batch, i)
+            self._accumulate(f"part_loss_{i}", losses_BS.masked_fill(~inside_BS, 0.0).sum())
+            self._accumulate(f"part_targets_{i}", inside_BS.sum())
+
+    def read(self) -> dict[str, float]:
+        """The sums as numbers (this is where the host waits for the device)."""
+        return {name: float(value) for name, value in self._tensors.items()}
+
+    def over_ranks(self, device: torch.device, world_size: int) -> Sums:
+        """Sums over all ranks."""
+        values = self.read()
+        flat = [values.get("loss", 0.0), float(self.targets)]
+        flat += [values.get(f"part_loss_{i}", 0.0) for i in range(self.num_parts)]
+        flat += [values.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
+        if world_size > 1:
+            # fp32 on devices without fp64; the counts are exact up to 2^24 targets a rank
+            total = torch.tensor(flat, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+            torch.distributed.all_reduce(total)
+            flat = total.tolist()
+        k = self.num_parts
+        return Sums(flat[0], int(flat[1]), flat[2 : 2 + k], flat[2 + k :])
+
+
+class Sums:
+    """Losses in nats and counts of targets, over all ranks."""
+
+    def __init__(self, loss: float, targets: int, part_losses: list[float], part_targets: list[float]) -> None:
+        self.loss = loss
+        self.targets = targets
+        self.part_losses = part_losses
+        self.part_targets = part_targets
+
+
+def _part_is(batch: Batch, part: int) -> Tensor:
+    if batch.part_BS is None:
+        return torch.full_like(batch.labels_BS, part == 0, dtype=torch.bool)
+    return batch.part_BS == part
+
+
+def _report(norm: Tensor, step: list[Batch], index: int, times: int) -> str:
+    batch = step[0]
+    return (
+        f"the gradient was not finite (norm {float(norm)}) in {times} steps in a row, the last one step {index + 1}: training stops. "
+        f"That step: {len(step)} micro-batches, the first {tuple(batch.tokens_BS.shape)} with {batch.num_targets} targets, token ids "
+        f"{int(batch.tokens_BS.min())} to {int(batch.tokens_BS.max())}, first row {batch.tokens_BS[0, :12].tolist()}… "
+        f"Try optimizer.learning_rate at a third, optimizer.max_grad_norm=1.0, or trainer.precision=32-true"
+    )

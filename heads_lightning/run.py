@@ -1,0 +1,178 @@
+"""A training run from start to summary: folder, log, data, model, fit, evaluation.
+
+The run folder explains itself:
+
+    config.yaml       the resolved config: rebuilds the run        metrics.jsonl     every logged point
+    checkpoints/      step-00000100.ckpt …                         summary.txt       what was printed at the end
+    mlflow.json       where MLflow has the same facts              evaluation.json   the numbers of the summary
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from rich.console import Console
+
+from heads_lightning.composition import flatten, machine_problems, to_yaml
+from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.evaluation import Report
+from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
+from heads_lightning.registry import ConfigError
+from heads_lightning.scoring import evaluate
+from heads_lightning.summary import summary_text
+from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
+from heads_lightning.training.checkpoints import checkpoint_path
+from heads_lightning.training.run_logger import RunLogger
+from heads_lightning.training.tracking import RunLog, open_run
+from heads_lightning.training.trainer import build_trainer, resolve_precision
+
+
+@dataclass
+class Result:
+    """What a run gave."""
+
+    run_dir: Path
+    checkpoint: Path
+    report: Report | None
+    metrics: dict[str, float]
+    """Last value of every logged metric."""
+
+
+def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = None, parent: str | None = None) -> Result:
+    """Train, evaluate and record. With `config.resume`, go on from that checkpoint in `run_dir`.
+
+    Raises:
+        ConfigError: a mistake in the config, or this machine cannot run it.
+        Interrupted: a signal asked to stop; the step was saved.
+        TrainingStopped: gradients were not finite for too many steps.
+    """
+    console = console or Console()
+    problems = machine_problems(config)
+    if problems:
+        raise ConfigError(problems[0])
+    run_dir.mkdir(parents=True, exist_ok=True)
+    config = _settle(config)
+    text = to_yaml(config)
+    with open_run(
+        config.tracking,
+        run_dir=run_dir,
+        run_root=Path(config.run_root),
+        name=config.name,
+        config_flat=flatten(config),
+        config_yaml=text,
+        parent=parent,
+        resume=config.resume is not None,
+    ) as log:
+        experiment = build(config, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        return _fit(experiment, run_dir, log, console, text)
+
+
+def _settle(config: ExperimentConfig) -> ExperimentConfig:
+    """Replace what depends on the machine by what it means here, so that the saved config says it."""
+    precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    return replace(config, trainer=replace(config.trainer, precision=precision))
+
+
+def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, config_yaml: str) -> Result:
+    config = experiment.config
+    tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
+    metrics = MetricsCallback(
+        lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
+        every_steps=config.trainer.log_every_steps,
+        waited_seconds=lambda: experiment.datamodule.wait_seconds,
+        tokens_per_step=tokens_per_step,
+    )
+    checkpoints = CheckpointCallback(
+        run_dir,
+        every_steps=config.trainer.checkpoint_every_steps,
+        keep=config.trainer.keep_checkpoints,
+        record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
+        warn=lambda message: console.print(message, style="yellow"),
+    )
+    callbacks: list[Any] = [metrics, checkpoints]
+    if config.trainer.progress_bar:
+        callbacks.insert(1, ProgressCallback(metrics, console))
+    _quiet_lightning()
+    # dropout draws from the global generators; ranks must not drop the same units
+    torch.manual_seed(config.seed * 1_000_003 + int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))))
+    trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
+    _say_what_runs(experiment, console, trainer)
+    trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))
+    if trainer.num_training_batches % config.trainer.val_every_steps:
+        trainer.validate(experiment.module, datamodule=experiment.datamodule, verbose=False)
+    return _conclude(experiment, run_dir, log, console, metrics, checkpoints, trainer)
+
+
+def _resume_path(config: ExperimentConfig) -> Path | None:
+    return find_checkpoint(config.resume, config.run_root) if config.resume else None
+
+
+def _quiet_lightning() -> None:
+    """Lightning announces devices and tips at INFO; the run says in its own line what matters."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    # the position in the data is the data module's, not the loader's
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    # one process makes batches faster than workers could hand them over (see data.datamodule)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.Trainer) -> None:
+    config, prepared = experiment.config, experiment.prepared
+    parameters = sum({id(p): p.numel() for p in experiment.module.parameters()}.values())
+    tokens = config.trainer.steps(config.data.sequence_length) * config.trainer.global_batch_size * config.data.sequence_length
+    console.print(
+        f"{config.objective.name} · {config.head.name} head · {config.backbone.name} · {parameters / 1e6:.1f} M parameters · "
+        f"{tokens / 1e6:.1f} M positions in {config.trainer.steps(config.data.sequence_length)} steps "
+        f"({tokens / max(prepared.train.tokens, 1):.1f} passes) · {config.trainer.precision} · {trainer.world_size} device(s)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _conclude(
+    experiment: Experiment,
+    run_dir: Path,
+    log: RunLog,
+    console: Console,
+    metrics: MetricsCallback,
+    checkpoints: CheckpointCallback,
+    trainer: lightning.Trainer,
+) -> Result:
+    """Evaluate on rank 0, print the summary and record it."""
+    config = experiment.config
+    path = checkpoint_path(run_dir, checkpoints.saved_step)
+    result = Result(run_dir, path, None, dict(metrics.latest))
+    samples = []
+    if not trainer.is_global_zero:
+        return result
+    if config.evaluation.enabled:
+        module = experiment.module
+        model = TrainedModel(config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), trainer.global_step, path)
+        outcome = evaluate(model, experiment.prepared)
+        result.report, samples = outcome.report, outcome.samples
+        log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
+        (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
+        log.log_text("samples.txt", outcome.samples_text())
+    text = summary_text(
+        config,
+        run_dir=run_dir,
+        report=result.report,
+        samples=samples,
+        metrics=metrics.latest,
+        seconds=metrics.seconds_in_steps,
+        ui_command=log.ui_command(),
+    )
+    (run_dir / "summary.txt").write_text(text)
+    log.log_text("summary.txt", text)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return result

@@ -1,0 +1,301 @@
+"""Asking a trained model the questions of `evaluation`: what it can answer depends on what it was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
+from heads_lightning.configs.data import RepeatConfig
+from heads_lightning.configs.objective import FIMConfig
+from heads_lightning.configs.requests import InfillRequest
+from heads_lightning.data.prepare import PreparedData
+from heads_lightning.evaluation import (
+    HiddenLine,
+    Report,
+    bits_per_byte,
+    clip_context,
+    edit_similarity,
+    floors,
+    hidden_lines,
+    ngram_bits_per_byte,
+)
+from heads_lightning.experiment import TrainedModel
+from heads_lightning.generation import generate
+from heads_lightning.objectives.fim import fim_prompt
+from heads_lightning.registry import ConfigError
+
+ROWS = 16
+"""Sequences of one forward pass."""
+
+
+class Sample(NamedTuple):
+    """An infilled line to look at."""
+
+    prefix: str
+    infill: str
+    truth: str
+    suffix: str
+
+
+class Outcome(NamedTuple):
+    """Numbers, and a few infills to look at."""
+
+    report: Report
+    samples: list[Sample]
+
+    def samples_text(self) -> str:
+        """The samples, readable."""
+        return "\n".join(show_sample(sample) for sample in self.samples)
+
+
+def show_sample(sample: Sample) -> str:
+    """One infill with the lines around it."""
+    before = "\n".join(sample.prefix.split("\n")[-3:])
+    after = "\n".join(sample.suffix.lstrip("\n").split("\n")[:2])
+    return f"{_indent(before)}\n  model ▸ {sample.infill.strip() or '(nothing)'}\n  truth ▸ {sample.truth.strip()}\n{_indent(after)}\n"
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    │ " + line[:100] for line in text.split("\n"))
+
+
+def can_read_left_to_right(model: TrainedModel) -> bool:
+    """True for models that predict the next token."""
+    return model.config.objective.predicts == "token" and model.config.objective.attention == Attention.causal
+
+
+def can_infill(model: TrainedModel) -> bool:
+    """True for models whose infilling tokens were trained."""
+    return isinstance(model.config.objective, FIMConfig) and model.config.objective.rate > 0
+
+
+def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
+    """The whole protocol, as far as the model goes."""
+    config = model.config.evaluation
+    report = Report()
+    if not can_read_left_to_right(model):
+        return Outcome(report, [])
+    if isinstance(model.config.data, RepeatConfig):
+        _copy_accuracy(model, prepared, report)
+        return Outcome(report, [])
+    held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
+    report.left_to_right_bits_per_byte = left_to_right(model, prepared, config.text_tokens)
+    report.ngram_bits_per_byte = ngram_bits_per_byte("\n".join(training).encode(), "\n".join(held_out).encode())
+    questions = hidden_lines(held_out, config)
+    report.hidden_lines = len(questions)
+    if not questions:
+        return Outcome(report, [])
+    report.floors = floors(training, questions)
+    report.prefix_bits_per_byte = line_bits_per_byte(model, questions, with_suffix=False)
+    if not can_infill(model):
+        return Outcome(report, [])
+    report.infill_bits_per_byte = line_bits_per_byte(model, questions, with_suffix=True)
+    answers, stopped = infill_lines(model, questions)
+    pairs = [(a.strip(), q.line.strip()) for a, q in zip(answers, questions, strict=True)]
+    report.infill_exact_match = sum(a == b for a, b in pairs) / len(pairs)
+    report.infill_edit_similarity = sum(edit_similarity(a, b) for a, b in pairs) / len(pairs)
+    report.infill_stopped = stopped
+    chosen = [int((k + 0.5) * len(questions) / config.samples) for k in range(min(config.samples, len(questions)))]
+    samples = [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen]
+    return Outcome(report, samples)
+
+
+# -- left to right ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def left_to_right(model: TrainedModel, prepared: PreparedData, max_tokens: int) -> float:
+    """Bits per byte of held-out text in windows as long as training sequences, spread evenly; each window starts without context."""
+    length = model.config.data.sequence_length
+    stream = np.concatenate([shard.tokens for shard in prepared.validation.shards])
+    available = max((len(stream) - 1) // length, 1)
+    count = max(min(max_tokens // length, available), 1)
+    starts = [int(k * available / count) * length for k in range(count)]
+    token_bytes = np.array([len(b) for b in model.tokenizer.vocabulary.token_bytes])
+    nats, num_bytes = 0.0, 0
+    for i in range(0, count, ROWS):
+        windows = [np.asarray(stream[s : s + length + 1], np.int64) for s in starts[i : i + ROWS]]
+        shortest = min(len(w) for w in windows)
+        tokens = np.stack([w[:shortest] for w in windows])
+        nats += _negative_log_likelihood(model, tokens[:, :-1], tokens[:, 1:]).sum()
+        num_bytes += int(token_bytes[tokens[:, 1:]].sum())
+    return bits_per_byte(nats, num_bytes)
+
+
+@torch.no_grad()
+def _negative_log_likelihood(
+    model: TrainedModel, tokens_BS: np.ndarray, labels_BS: np.ndarray, segments_BS: np.ndarray | None = None
+) -> np.ndarray:
+    """Nats of each row's targets, float64 [B]."""
+    eod = model.tokenizer.vocabulary.end_of_document
+    if segments_BS is None:
+        segments_BS = _document_segments(tokens_BS, eod)
+    examples = Examples(np.ascontiguousarray(tokens_BS), np.ascontiguousarray(labels_BS), segments_BS)
+    device = next(model.backbone.parameters()).device
+    batch = Batch.from_examples(examples, Attention.causal).to(device)
+    output = model.head(model.backbone(batch), labels=batch.labels_BS, loss_reduction="none", z_loss_multiplier=0.0, return_logits=False)
+    return output.ce_loss.double().sum(dim=1).cpu().numpy()
+
+
+def _document_segments(tokens_BS: np.ndarray, end_of_document: int) -> np.ndarray:
+    starts = tokens_BS == end_of_document
+    starts[:, 0] = False
+    return np.cumsum(starts, axis=1, dtype=np.int32)
+
+
+# -- hidden lines -------------------------------------------------------------------------------------------------------
+
+
+def _prompt(
+    model: TrainedModel, question: HiddenLine, *, with_suffix: bool, layout: str | None = None, room: int | None = None
+) -> np.ndarray:
+    """Token ids before the hidden line, in the layout of training; at most `room` of them are text."""
+    encode, config = model.tokenizer.encode, model.config
+    if room is None:
+        # as much context as leaves the answer inside the length that training saw
+        longest = min(config.evaluation.max_new_tokens, config.data.sequence_length // 2)
+        room = config.data.sequence_length - longest - 6
+    prefix, suffix = np.asarray(encode(question.prefix)), np.asarray(encode(question.suffix))
+    if not with_suffix:
+        suffix = suffix[:0]
+    prefix_kept, suffix_kept = clip_context(prefix, suffix, room=room)
+    begins = question.begins_document and len(prefix_kept) == len(prefix)
+    vocabulary = model.tokenizer.vocabulary
+    if not with_suffix:
+        marker = np.array([vocabulary.end_of_document] if begins else [], np.int64)
+        return np.concatenate([marker, prefix_kept.astype(np.int64)])
+    objective = config.objective
+    assert isinstance(objective, FIMConfig)
+    return fim_prompt(
+        prefix_kept,
+        suffix_kept,
+        vocabulary,
+        layout=layout or default_layout(objective),
+        spm_variant=objective.spm,
+        document_start=begins,
+    )
+
+
+def default_layout(objective: FIMConfig) -> str:
+    """The layout that training saw: psm unless it was never shown."""
+    return "psm" if objective.spm_rate < 1 else "spm"
+
+
+def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool) -> float:
+    """Bits per byte of the hidden lines, given prefix and suffix or the prefix alone."""
+    rows = [(_prompt(model, q, with_suffix=with_suffix), np.asarray(model.tokenizer.encode(q.line), np.int64)) for q in questions]
+    nats = sum(float(_score_targets(model, rows[i : i + ROWS]).sum()) for i in range(0, len(rows), ROWS))
+    return bits_per_byte(nats, sum(len(q.line.encode()) for q in questions))
+
+
+def _score_targets(model: TrainedModel, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Nats of each row's target given its prompt: rows of unequal length are padded at the end."""
+    longest = max(len(prompt) + len(target) for prompt, target in rows) - 1
+    tokens = np.full((len(rows), longest), model.tokenizer.vocabulary.padding, np.int64)
+    labels = np.full((len(rows), longest), IGNORE, np.int64)
+    segments = np.full((len(rows), longest), PADDING, np.int32)
+    for r, (prompt, target) in enumerate(rows):
+        whole = np.concatenate([prompt, target])
+        tokens[r, : len(whole) - 1] = whole[:-1]
+        labels[r, len(prompt) - 1 : len(whole) - 1] = target
+        segments[r, : len(whole) - 1] = 0
+    return _negative_log_likelihood(model, tokens, labels, segments)
+
+
+def infill_lines(model: TrainedModel, questions: Sequence[HiddenLine]) -> tuple[list[str], float]:
+    """Greedy infills and the share of them that ended by themselves."""
+    prompts = [_prompt(model, q, with_suffix=True) for q in questions]
+    end = model.tokenizer.vocabulary.fim_end
+    assert end is not None
+    outputs = _generate(model, prompts, max_new_tokens=model.config.evaluation.max_new_tokens, stop_ids=[end])
+    stopped = sum(len(o) < model.config.evaluation.max_new_tokens for o in outputs) / max(len(outputs), 1)
+    return [model.tokenizer.decode(o) for o in outputs], stopped
+
+
+def _generate(model: TrainedModel, prompts: Sequence[np.ndarray], *, max_new_tokens: int, stop_ids: list[int]) -> list[list[int]]:
+    outputs: list[list[int]] = []
+    for i in range(0, len(prompts), ROWS):
+        outputs += generate(
+            model.backbone,
+            model.head,
+            [p.tolist() for p in prompts[i : i + ROWS]],
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+        )
+    return outputs
+
+
+def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest) -> str:
+    """What the model puts between two texts.
+
+    Raises:
+        ConfigError: the model was not trained to infill, or not with the layout asked for.
+    """
+    objective = model.config.objective
+    if not can_infill(model) or not isinstance(objective, FIMConfig):
+        raise ConfigError(
+            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim"
+        )
+    layout = request.layout or default_layout(objective)
+    trained = trained_layouts(objective)
+    if layout not in trained:
+        raise ConfigError(f"layout={layout} was not trained; {request.checkpoint} knows layout={' and layout='.join(trained)}")
+    question = HiddenLine(prefix, "", suffix, "", "", begins_document=True)
+    room = model.config.data.sequence_length - min(request.max_new_tokens, model.config.data.sequence_length // 2) - 6
+    prompt = _prompt(model, question, with_suffix=True, layout=layout, room=room)
+    end = model.tokenizer.vocabulary.fim_end
+    assert end is not None
+    generator = torch.Generator(device=request.device).manual_seed(request.seed)
+    out = generate(
+        model.backbone,
+        model.head,
+        [prompt.tolist()],
+        max_new_tokens=request.max_new_tokens,
+        stop_ids=[end],
+        temperature=request.temperature,
+        top_k=request.top_k,
+        top_p=request.top_p,
+        generator=generator,
+    )[0]
+    return model.tokenizer.decode(out)
+
+
+def trained_layouts(objective: FIMConfig) -> list[str]:
+    """The layouts that training showed."""
+    return [name for name, shown in (("psm", objective.spm_rate < 1), ("spm", objective.spm_rate > 0)) if shown]
+
+
+# -- the synthetic proof ------------------------------------------------------------------------------------------------
+
+
+def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = 200) -> None:
+    """data=repeat: hide a part of the first half; it stands again in the suffix and nowhere in the prefix."""
+    questions = [_copy_question(text, k) for k, text in enumerate(islice(prepared.texts("validation"), count))]
+    report.hidden_lines = len(questions)
+    report.copy_accuracy_prefix = _accuracy(model, questions, with_suffix=False, layout=None)
+    if can_infill(model):
+        objective = model.config.objective
+        assert isinstance(objective, FIMConfig)
+        report.copy_accuracy_infill = min(_accuracy(model, questions, with_suffix=True, layout=name) for name in trained_layouts(objective))
+
+
+def _copy_question(text: str, k: int) -> HiddenLine:
+    half = text.index("|")
+    start = k % half
+    stop = start + 1 + (k // half) % (half - start)
+    return HiddenLine(text[:start], text[start:stop], text[stop:], "", "", begins_document=True)
+
+
+def _accuracy(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool, layout: str | None) -> float:
+    """Share of hidden tokens that greedy decoding gets right."""
+    prompts = [_prompt(model, q, with_suffix=with_suffix, layout=layout) for q in questions]
+    truths = [list(model.tokenizer.encode(q.line)) for q in questions]
+    stop = [i for i in (model.tokenizer.vocabulary.fim_end,) if i is not None]
+    outputs = _generate(model, prompts, max_new_tokens=max(len(t) for t in truths), stop_ids=stop)
+    right = sum(a == b for out, truth in zip(outputs, truths, strict=True) for a, b in zip(out, truth, strict=False))
+    return right / sum(len(t) for t in truths)

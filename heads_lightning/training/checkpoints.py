@@ -1,0 +1,107 @@
+"""Checkpoints that are whole or absent: written to a temporary name, synced to disk, renamed; read without unpickling code.
+
+A file holds Lightning's state (weights, optimizer, loop counters, position in the data) and, under `heads_lightning`, what wrote it: the
+resolved config, the versions, and the random state that dropout draws from.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from heads_lightning.registry import ConfigError
+
+FOLDER = "checkpoints"
+KEY = "heads_lightning"
+"""Entry of a checkpoint that holds what Lightning does not."""
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves by write, sync and rename: a reader, or a run that is killed while saving, never sees half a file."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path` or leave `path` as it was."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+            _sync_folder(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint at `path`, on the CPU unless asked otherwise; refuses anything but tensors and plain values."""
+        return read_checkpoint(Path(path), map_location=map_location or "cpu")
+
+
+def _sync_folder(folder: Path) -> None:
+    # the rename itself must reach the disk; not every file system lets a folder be opened
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
+    """Load a checkpoint with weights_only=True; a file that cannot be read is named, with what to use instead."""
+    if not path.is_file():
+        raise ConfigError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        others = [p for p in saved_checkpoints(path.parent) if p != path]
+        instead = f"; use the one before it: {others[-1]}" if others else "; no other checkpoint lies beside it"
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"checkpoint {path} is damaged or not a checkpoint ({first_line[:120]}){instead}") from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise ConfigError(f"checkpoint {path} was not written by heads_lightning (it has no entry {KEY!r})")
+    return checkpoint
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, oldest first."""
+    named = [(int(m.group(1)), p) for p in folder.glob("step-*.ckpt") if (m := _NAME.fullmatch(p.name))]
+    return [p for _, p in sorted(named)]
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps lies."""
+    return run_dir / FOLDER / f"step-{step:08d}.ckpt"
+
+
+def newest_checkpoint(run_dir: Path) -> Path:
+    """The newest checkpoint of a run folder."""
+    saved = saved_checkpoints(run_dir / FOLDER)
+    if not saved:
+        raise ConfigError(f"{run_dir} holds no checkpoint (looked for {FOLDER}/step-*.ckpt)")
+    return saved[-1]
+
+
+def random_state() -> dict[str, Any]:
+    """The generators that dropout draws from, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set what random_state gave."""
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

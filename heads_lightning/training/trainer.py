@@ -1,0 +1,70 @@
+"""The Lightning Trainer of a run: devices, strategy, precision. Everything that repeats per step lives in the module and the callbacks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from heads_lightning.configs.trainer import Parallel, TrainerConfig
+from heads_lightning.training.checkpoints import AtomicCheckpointIO
+
+
+def resolve_precision(precision: str, accelerator: str) -> str:
+    """`auto` as a concrete precision for this machine: bf16-mixed where bf16 matrix products are faster, else 32-true.
+
+    A processor's flags do not tell whether its bf16 is native or emulated, so the products are timed (a few milliseconds).
+    """
+    if precision != "auto":
+        return precision
+    if accelerator in ("auto", "gpu") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return "32-true"
+    return "bf16-mixed" if _product_seconds(torch.bfloat16) * 1.3 < _product_seconds(torch.float32) else "32-true"
+
+
+def _product_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 7) -> float:
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _strategy(config: TrainerConfig) -> Any:
+    if config.parallel == Parallel.data or config.world_size > 1:
+        # every parameter takes part in every loss; searching for unused ones would walk the graph each step
+        return lightning.strategies.DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
+    return "auto"
+
+
+def build_trainer(config: TrainerConfig, *, precision: str, callbacks: list[Callback], logger: Any) -> lightning.Trainer:
+    """The Trainer. `precision` is a concrete one (resolve_precision)."""
+    return lightning.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy=_strategy(config),
+        precision=precision,  # pyright: ignore[reportArgumentType]
+        # the loader holds one batch per optimizer step of the run, so one epoch is the run
+        max_epochs=1,
+        val_check_interval=config.val_every_steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=logger,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=config.log_every_steps,
+        # the one thing that makes a run depend on what ran before it
+        benchmark=False,
+    )

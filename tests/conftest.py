@@ -1,0 +1,50 @@
+"""What several test files share: tiny experiments on a handful of the standard library's files."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+# one thread a process: the tests run side by side, and sums over several threads are not always in one order
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+TINY = [
+    "data=files",
+    f"data.root={sysconfig.get_paths()['stdlib']}",
+    "data.include=[json/*.py,email/*.py,html/*.py,logging/*.py]",
+    "data.validation_fraction=0.2",
+    "data.sequence_length=64",
+    "data.validation_sequences=8",
+    "data.prepare_processes=1",
+    "tokenizer.vocab_size=512",
+    "backbone.d_model=32",
+    "backbone.num_layers=2",
+    "backbone.num_heads=2",
+    "trainer.max_steps=4",
+    "trainer.global_batch_size=8",
+    "trainer.micro_batch_size=8",
+    "trainer.val_every_steps=4",
+    "trainer.checkpoint_every_steps=2",
+    "trainer.log_every_steps=1",
+    "trainer.precision=32-true",
+    "trainer.accelerator=cpu",
+    "tracking=none",
+    "evaluation.enabled=false",
+]
+"""Overrides of an experiment that trains in a second."""
+
+
+@pytest.fixture(scope="session")
+def run_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs; data prepared in it is shared by the whole session."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def tiny(run_root: Path) -> list[str]:
+    """TINY in the session's folder."""
+    return [*TINY, f"run_root={run_root}"]

@@ -1,0 +1,92 @@
+"""Mixtures: each row is what its part alone would make of it, weights hold, parts are reported apart, mistakes are refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from objective_data import num_windows, vocabulary, windows
+
+from heads_lightning.batch import Attention
+from heads_lightning.configs.objective import CausalConfig, FIMConfig, FIMCut, MixtureConfig, PrefixLMConfig, UL2Config, objectives
+from heads_lightning.objectives.base import SampleRandom
+from heads_lightning.registry import ConfigError
+
+
+def make(objective, length, indices):
+    raw = windows(objective, length, indices)
+    return raw, objective.examples(raw, SampleRandom(0, 0, np.asarray(indices)), length)
+
+
+def test_each_row_is_what_its_part_makes_of_it():
+    v = vocabulary()
+    config = MixtureConfig(
+        parts={
+            "a": {"name": "causal", "weight": 1},
+            "b": {"name": "fim", "weight": 3, "rate": 1.0, "cut": "token"},
+            "c": {"name": "prefix_lm"},
+        }
+    )
+    mixture = config.build(v)
+    assert mixture.parts == ("a", "b_left_to_right", "b_infill", "c")
+    assert config.attention is mixture.attention is Attention.prefix
+    count = 200
+    raw, examples = make(mixture, 128, range(count))
+    alone = [c.build(v) for c in (CausalConfig(), FIMConfig(rate=1.0, cut=FIMCut.token), PrefixLMConfig())]
+    for b in range(count):
+        part = int(examples.part_BS[b].max())
+        objective = alone[[0, 1, 1, 2][part]]
+        own = objective.examples(raw[b : b + 1, : objective.window(128).length], SampleRandom(0, 0, np.array([b])), 128)
+        assert np.array_equal(own.tokens_BS[0], examples.tokens_BS[b])
+        assert np.array_equal(own.labels_BS[0], examples.labels_BS[b])
+        assert np.array_equal(own.segments_BS[0], examples.segments_BS[b])
+        prefix = np.zeros(128, bool) if own.prefix_BS is None else own.prefix_BS[0]
+        assert np.array_equal(prefix, examples.prefix_BS[b])
+
+
+def test_weights():
+    mixture = MixtureConfig(parts={"a": {"name": "causal"}, "b": {"name": "prefix_lm", "weight": 3}}).build(vocabulary())
+    raw = np.tile(np.arange(200, 217), (4000, 1))
+    examples = mixture.examples(raw, SampleRandom(0, 0, np.arange(4000)), 16)
+    assert abs(examples.part_BS[:, 0].mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 4000)
+
+
+def test_a_part_of_weight_zero_is_left_out():
+    config = MixtureConfig(parts={"a": {"name": "causal"}, "b": {"name": "prefix_lm", "weight": 0}})
+    assert config.attention is Attention.causal
+    assert config.build(vocabulary()).parts == ("a",)
+
+
+def test_ul2_has_seven_denoisers():
+    mixture = UL2Config().build(vocabulary())
+    assert len(mixture.parts) == 7
+    _, examples = make(mixture, 128, range(num_windows(mixture, 128)))
+    assert set(np.unique(examples.part_BS)) == set(range(7))
+    assert len(UL2Config(x_weight=0).build(vocabulary()).parts) == 3
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({}, "has no part"),
+        ({"a": {"weight": 1}}, "names no objective"),
+        ({"a": {"name": "causl"}}, "Did you mean 'causal'"),
+        ({"a": {"name": "fim", "rat": 1}}, r"objective\.parts\.a\.rat does not exist\. Did you mean 'rate'"),
+        ({"a": {"name": "fim", "rate": 2}}, r"objective\.parts\.a\.rate=2"),
+        ({"a": {"name": "fim", "cut": "chars"}}, "it is char, token"),
+        ({"a": {"name": "fim", "rate": "much"}}, "a float"),
+        ({"a": {"name": "causal", "weight": -1}}, "0 .left out. or more"),
+        ({"a": {"name": "causal", "weight": 0}}, "every part the weight 0"),
+        ({"a": {"name": "causal"}, "b": {"name": "mlm"}}, "attention differs"),
+        ({"a": {"name": "mixture"}}, "mixture in a mixture"),
+        ({"a": {"name": "fim", "level": "document"}}, "rewrites the stream"),
+    ],
+)
+def test_refusals(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        MixtureConfig(parts=parts)
+
+
+def test_options_are_made_without_numpy():
+    assert {"causal", "fim", "mlm", "prefix_lm", "span_corruption", "ul2", "mixture"} <= set(objectives)
+    with pytest.raises(ConfigError, match="all 0"):
+        UL2Config(r_weight=0, s_weight=0, x_weight=0)

@@ -1,0 +1,287 @@
+"""The record of a run in real MLflow stores: embedded SQLite opened by many, every way in which a process ends, a server that dies."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heads_lightning.configs.tracking import MLflowConfig
+from heads_lightning.training.mlflow_store import Store, connect, experiment_id, resolve_store
+from heads_lightning.training.run_folder import METRICS, read_json, read_metrics
+from heads_lightning.training.tracking import RunLog, find_run_dir, open_parent, open_run, reap, send_later
+
+RUN = """
+import sys, time
+from pathlib import Path
+from heads_lightning.configs.tracking import MLflowConfig
+from heads_lightning.training.tracking import open_run
+
+root, name, ending = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+config = MLflowConfig(flush_seconds=0.5)
+with open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml=f"name: {name}") as log:
+    for step in range(1, 201):
+        log.log_metrics({"loss": 1 / step, "b": 2.0}, step=step, tokens=step * 10)
+    print("logged", flush=True)
+    if ending == "exception":
+        raise RuntimeError("before fit")
+    while ending == "wait":
+        time.sleep(0.05)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A user who has never opened a store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+def start(root: Path, name: str, ending: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", RUN, str(root), name, ending]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def open_tracked(root: Path, name: str = "run", **options: Any) -> RunLog:
+    config = options.pop("config", None) or MLflowConfig(flush_seconds=0.5, exit_seconds=1.0)
+    arguments = {"run_dir": root / name, "config_flat": {"seed": "0"}, "config_yaml": "seed: 0\n"} | options
+    return open_run(config, run_root=root, name=name, **arguments)
+
+
+def client_of(root: Path) -> Any:
+    return connect(resolve_store(MLflowConfig(), root, {}))
+
+
+def runs(client: Any, experiment: str = "heads_lightning") -> dict[str, Any]:
+    found = client.get_experiment_by_name(experiment)
+    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])} if found else {}
+
+
+def steps(client: Any, run_id: str, name: str = "loss") -> list[int]:
+    return sorted(metric.step for metric in client.get_metric_history(run_id, name))
+
+
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.2)
+
+
+def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path: Path) -> None:
+    signals = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}
+    processes = {name: start(tmp_path, name, "wait") for name in signals}
+    processes |= {name: start(tmp_path, name, name) for name in ("normal", "exception")}
+    for name, number in signals.items():
+        stdout = processes[name].stdout
+        assert stdout is not None
+        assert stdout.readline() == "logged\n"
+        os.kill(processes[name].pid, number)  # at once: the sender is still importing MLflow
+    errors = {name: process.communicate(timeout=120)[1] for name, process in processes.items()}
+    assert {name: process.returncode for name, process in processes.items()} == {
+        "normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9,
+    }, errors  # fmt: skip
+    client = client_of(tmp_path)
+    expected = {"normal": "FINISHED", "exception": "FAILED", "ctrl-c": "KILLED", "sigterm": "KILLED", "sigkill": "KILLED"}
+    # nobody waits for the senders of the two that died without a word
+    wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == expected)
+    for name, run in runs(client).items():
+        assert steps(client, run.info.run_id) == list(range(1, 201)), name
+        assert run.data.metrics["tokens"] == 2000
+        assert run.data.params == {"name": name}
+        assert len(run.data.tags["config_sha256"]) == 64
+        assert "config.yaml" in {file.path for file in client.list_artifacts(run.info.run_id)}
+        if name not in ("sigterm", "sigkill"):  # those were killed before git had answered and a sample was due
+            assert run.data.tags["mlflow.source.name"] == f"-c {tmp_path} {name} {'wait' if name in signals else name}"
+            assert "provenance.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
+            assert "system/cpu_utilization_percentage" in run.data.metrics
+        assert find_run_dir(run.info.run_id, tmp_path) == tmp_path / name
+    import sqlite3
+
+    assert sqlite3.connect(tmp_path / "mlflow.db").execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) -> None:
+    config = MLflowConfig(flush_seconds=0.5, system_metrics=False)
+    parent = open_parent(config, sweep_dir=tmp_path / "sweep", run_root=tmp_path, name="sweep")
+    child = tmp_path / "sweep" / "0"
+    options: dict[str, Any] = {"config": config, "run_dir": child, "parent": str(tmp_path / "sweep")}
+    with open_tracked(tmp_path, "0", **options, config_flat={"seed": "0", "long": "x" * 7000, "a@b": "c"}) as log:
+        for step in range(1, 11):
+            log.log_metrics({"loss": step, "odd@name": 1.0, "bad": float("inf") if step in (3, 4) else 1.0}, step=step)
+        log.log_text("samples/a.txt", "text")
+        first = log.wait_for_run_id(60)
+        client = client_of(tmp_path)
+        assert client.get_run(first).info.status == "RUNNING"
+    with open_tracked(tmp_path, "0", **options, config_flat={"seed": "1", "long": "x" * 7000, "a@b": "c"}, resume=True) as log:
+        assert log.wait_for_run_id(60) == first
+        assert client.get_run(first).info.status == "RUNNING"
+        for step in range(6, 16):
+            log.log_metrics({"loss": step}, step=step)
+    parent.finish()
+    run = client.get_run(first)
+    assert run.info.status == "FINISHED"
+    assert steps(client, run.info.run_id) == list(range(1, 16))
+    assert steps(client, run.info.run_id, "odd_name") == list(range(1, 11))
+    assert steps(client, run.info.run_id, "bad") == [1, 2, 5, 6, 7, 8, 9, 10]
+    assert run.data.tags["nonfinite.bad"] == "2 values; the first at step 3: inf"
+    assert (run.data.params["seed"], run.data.tags["resume_1/seed"], run.data.params["a_b"]) == ("0", "1", "c")
+    assert len(run.data.params["long"]) == 6000
+    assert "resume_1/long" not in run.data.tags
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id
+    assert client.get_run(parent.run_id).info.status == "FINISHED"
+    assert len(runs(client)) == 2
+    # the folder is not needed to find it, and sending again changes nothing
+    assert find_run_dir(first or "", tmp_path / "sweep" / "0" / "artifacts", uri=f"sqlite:///{tmp_path}/mlflow.db") == child
+    (child / "mlflow_sent.json").unlink()
+    assert send_later(child) == (0, 0)
+    assert steps(client, run.info.run_id) == list(range(1, 16))
+
+
+def test_a_store_that_is_down_from_start_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = MLflowConfig(uri=f"http://127.0.0.1:{free_port()}", exit_seconds=1.0)
+    began = time.monotonic()
+    with open_tracked(tmp_path, config=config) as log:
+        assert time.monotonic() - began < 2
+        log.log_metrics({"loss": 1.0}, step=1, tokens=5)
+        wait_for(lambda: "does not take data (connection refused)" in caplog.text)
+        closing = time.monotonic()
+    assert time.monotonic() - closing < 10
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 2, warnings
+    assert "are not in MLflow; send them when it is back" in warnings[1]
+    assert [point.values for point in read_metrics(tmp_path / "run")] == [{"loss": 1.0}]
+    # the command that the message names works, here with another store
+    command = [*warnings[1].rpartition(": ")[2].split(), f"--uri=sqlite:///{tmp_path}/later.db"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}, check=False)
+    assert (done.returncode, "is in MLflow" in done.stdout) == (0, True), done
+    client = connect(resolve_store(MLflowConfig(uri=f"sqlite:///{tmp_path}/later.db"), tmp_path))
+    run = runs(client)["run"]
+    assert (run.info.status, run.data.metrics["loss"], run.data.metrics["tokens"]) == ("FINISHED", 1.0, 5.0)
+
+
+def test_runs_of_dead_machines_are_reaped(tmp_path: Path) -> None:
+    client = client_of(tmp_path)
+    experiment = experiment_id(client, resolve_store(MLflowConfig(), tmp_path, {}), "heads_lightning")
+    beats = {"dead": f"{time.time() - 1000:.0f}", "alive": f"{time.time():.0f}"}
+    ids = {name: client.create_run(experiment, run_name=name, tags={"heartbeat": beat}).info.run_id for name, beat in beats.items()}
+    ids["foreign"] = client.create_run(experiment, run_name="foreign").info.run_id
+    assert reap(tmp_path) == [ids["dead"]]
+    assert {name: client.get_run(i).info.status for name, i in ids.items()} == {"dead": "KILLED", "alive": "RUNNING", "foreign": "RUNNING"}
+
+
+def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    client_of(tmp_path / "first")
+    capfd.readouterr()
+    client = client_of(tmp_path / "second")
+    assert "Creating initial MLflow database tables" not in capfd.readouterr().err
+    assert client.get_experiment_by_name("Default").artifact_location == f"{tmp_path}/second/mlartifacts/Default"
+
+
+# A real server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A real tracking server in a process group of its own, so that its workers die with it."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "served")]
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with open(folder / "server.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
+    try:
+        wait_for(lambda: healthy(port) or process.poll() is not None, 120)
+        assert process.poll() is None, (folder / "server.log").read_text()
+        yield process
+    finally:
+        kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def healthy(port: int) -> bool:
+    try:
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def log_steps(log: RunLog, first: int, last: int) -> float:
+    """Log and return the longest single call in seconds."""
+    longest = 0.0
+    for step in range(first, last + 1):
+        began = time.perf_counter()
+        log.log_metrics({"loss": float(step)}, step=step, tokens=step)
+        longest = max(longest, time.perf_counter() - began)
+    return longest
+
+
+def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="heads_lightning")
+    port = free_port()
+    store = resolve_store(MLflowConfig(uri=f"sqlite:///{tmp_path}/server.db"), tmp_path)
+    connect(store)  # the tables, from the template
+    config = MLflowConfig(uri=f"http://127.0.0.1:{port}", flush_seconds=0.2, system_metrics=False)
+    with open_tracked(tmp_path, config=config) as log:
+        with server(tmp_path, port) as process:
+            log_steps(log, 1, 100)
+            assert log.wait_for_run_id(60)
+            wait_for(lambda: sent_all(log))
+            kill(process)
+            log.log_text("while_down.txt", "text")
+            for part in range(100, 400, 10):  # a little over a second of training against a dead server
+                log_steps(log, part + 1, part + 10)
+                log.flush()
+                time.sleep(0.05)
+            wait_for(lambda: "does not take data" in caplog.text)
+        with server(tmp_path, port):
+            log_steps(log, 401, 500)
+            wait_for(lambda: "answers again" in caplog.text)
+            wait_for(lambda: sent_all(log))
+            log.finish()
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(warnings) == 1, warnings
+    assert [point.step for point in read_metrics(log.run_dir)] == list(range(1, 501))
+    client = connect(Store(uri=f"sqlite:///{tmp_path}/server.db", artifacts=None))
+    run = runs(client)["run"]
+    assert run.info.status == "FINISHED"
+    assert steps(client, run.info.run_id) == list(range(1, 501))
+    assert list((tmp_path / "served").rglob("while_down.txt"))
+
+
+def sent_all(log: RunLog) -> bool:
+    return read_json(log.run_dir / "mlflow_sent.json").get("offsets", {}).get(METRICS) == (log.run_dir / METRICS).stat().st_size
+
+
+@pytest.mark.slow
+def test_sixteen_first_openers(tmp_path: Path) -> None:
+    processes = [start(tmp_path, f"run{i}", "normal") for i in range(16)]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 16, errors
+    client = client_of(tmp_path)
+    wait_for(lambda: {run.info.status for run in runs(client).values()} == {"FINISHED"})
+    found = runs(client)
+    assert len(found) == 16
+    assert all(steps(client, run.info.run_id) == list(range(1, 201)) for run in found.values())
+    assert not any("not in MLflow" in error for error in errors)
