@@ -416,7 +416,7 @@ def test_auto_says_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     auto._report.cache_clear()
     with caplog.at_level(logging.INFO):
         run("auto", make_case())
-        run("auto", make_case(n=200, v=2000))
+        run("auto", make_case(n=400, v=4000, masked=0.0))
     said = [r.getMessage() for r in caplog.records]
     assert any("takes default" in line for line in said)
     assert any("takes chunked" in line for line in said)
