@@ -439,3 +439,36 @@ def test_unknown_names_are_refused() -> None:
         run("chunky", make_case())
     with pytest.raises(ValueError, match="allowed: mean, sum, none"):
         run("default", make_case(), reduction="average")
+
+
+def call_with(feature: Feature, implementation: str) -> None:
+    """A call that asks for this feature and no other."""
+    case = make_case(torch.float64 if feature == Feature.float64 else torch.float32, bias=feature == Feature.bias, v=V)
+    options: dict[Feature, dict[str, Any]] = {
+        Feature.softcap: {"softcap": 3.0},
+        Feature.padded_vocabulary: {"num_classes": V},
+        Feature.z_loss: {"z_loss_multiplier": 1e-3},
+        Feature.label_smoothing: {"label_smoothing": 0.1},
+        Feature.class_weights: {"class_weights": torch.ones(V)},
+        Feature.token_weights: {"weights": torch.ones(N)},
+        Feature.per_token: {"reduction": "none"},
+        Feature.token_metrics: {"token_metrics": True},
+    }
+    weight, hidden = case.weight.requires_grad_(), case.hidden.requires_grad_(feature != Feature.frozen_hidden)
+    if feature == Feature.padded_vocabulary:
+        weight = torch.cat([weight, weight.new_zeros(3, D)])
+    linear_cross_entropy(hidden, weight, case.labels, bias=case.bias, implementation=implementation, **options.get(feature, {}))
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("feature", [feature for feature in Feature if feature != Feature.vocab_parallel])
+def test_declared_features_are_computed_without_falling_back(
+    implementation: str, feature: Feature, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the capability table is made from. Shards of a vocabulary are in test_loss_vocab_parallel.py."""
+    report_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        call_with(feature, implementation)
+    missing = [r.getMessage() for r in caplog.records if "does not do" in r.getMessage()]
+    assert bool(missing) == (feature not in loss_module(implementation).FEATURES)
+    assert all(f"does not do {feature};" in message for message in missing)
