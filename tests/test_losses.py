@@ -167,7 +167,9 @@ GRID = list(
 def test_value_and_gradients_equal_the_reference(implementation: str, dtype: torch.dtype) -> None:
     if implementation == "torch" and dtype == torch.bfloat16:
         pytest.skip("PyTorch sums its loss in bf16: documented, and never chosen by auto")
-    every = 13 if implementation == "fused_linear" and not torch.cuda.is_available() else 1  # Triton's interpreter is slow
+    every = 1 if dtype == torch.float32 else 5  # coprime to the grid's axes: every value meets every other
+    if implementation == "fused_linear" and not torch.cuda.is_available():
+        every = 13  # Triton's interpreter is slow
     for reduction, z, smoothing, softcap, bias, weights, class_weights, masked in GRID[::every]:
         case = make_case(dtype, bias=bias, weights=weights, class_weights=class_weights, masked=masked)
         upstream = torch.rand(N, dtype=torch.float64) if reduction == "none" else torch.tensor(0.75)
