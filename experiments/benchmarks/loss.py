@@ -277,6 +277,13 @@ def gpu_error(name: str, shape: tuple[int, int, int]) -> dict[str, float]:
     return {k: float((a.double() - b).norm() / b.norm()) for k, (a, b) in pairs.items() if a is not None and b is not None}
 
 
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith(("model name", "cpu family"))]
+    return ", family ".join(reversed(named[:2])) if named else platform.machine()
+
+
 def cells(options: argparse.Namespace) -> list[tuple[str, str, float]]:
     """The shapes × types × shares asked for."""
     shares = [float(share) for share in options.labelled.split(",")]
@@ -308,7 +315,8 @@ def main() -> None:
     else:
         results = {"memory": memory, "sweep": sweep, "gpu": gpu}[options.what](options)
     if options.json:
-        about = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads, "command": sys.argv[1:]}
+        command = " ".join(sys.argv[1:]).replace(f" --json {options.json}", "")
+        about = {"torch": torch.__version__, "processor": processor(), "threads": options.threads, "command": command}
         Path(options.json).write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
 
 

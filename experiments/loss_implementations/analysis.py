@@ -60,14 +60,14 @@ def picture(times: dict[str, Any], path: Path) -> None:
     axis.legend(frameon=False, ncols=len(COLOURS))
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Print the tables, write the picture."""
     times = {**results("time_float32"), **results("time_bfloat16"), **results("time_labelled")}
     print(time_table(times), memory_table({**results("memory"), **results("memory_labelled")}), sep="\n\n")
-    picture(times, HERE / "loss_implementations.svg")
+    picture(times, HERE / "loss_implementations.png")
 
 
 if __name__ == "__main__":
