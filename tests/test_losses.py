@@ -148,7 +148,7 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float, what: object) -> No
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 rows and blocks of 16 classes, so that tiny cases cross every boundary."""
-    monkeypatch.setattr(chunked_kernels, "BLOCK_COLUMNS", 16)
+    monkeypatch.setattr(chunked_blocks, "BLOCK_COLUMNS", 16)
     monkeypatch.setattr(chunked_kernels, "CACHED_BYTES", 5 * V * 4)
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 1)
 
@@ -369,7 +369,7 @@ def test_no_gradient_is_formed_without_grad_mode(implementation: str, monkeypatc
 )
 def test_chunks_and_blocks_of_any_size_agree(n: int, v: int, block: int, rows: int, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_kernels, "BLOCK_COLUMNS", block)
+        patch.setattr(chunked_blocks, "BLOCK_COLUMNS", block)
         patch.setattr(chunked, "WORKSPACE_BYTES", rows)
         case = make_case(n=n, v=v, seed=seed, bias=seed % 2 == 0, weights=seed % 3 == 0)
         want = reference(case, reduction="mean", z=1e-3, smoothing=0.1, softcap=None, upstream=None)

@@ -181,9 +181,19 @@ class LMHead(Head):
             all_targets=rows.all_targets,
             expected_grad=1.0 if loss_reduction == "none" else expected_grad(divided_by),
         )
-        wants_logits = self.loss_implementation == "default" if return_logits is None else return_logits
-        logits, loss = self._with_logits(kept.hidden, rows, options) if wants_logits else (None, self._without(kept.hidden, rows, options))
+        logits, loss = self._logits_and_loss(kept.hidden, rows, options, return_logits)
         return _output(logits, reduce_loss(loss, rows, kept.labels.shape, loss_reduction, divided_by))
+
+    def _logits_and_loss(
+        self, hidden: Tensor, rows: Rows, options: LossOptions, return_logits: bool | None
+    ) -> tuple[Tensor | None, LossSum]:
+        sharded = self.projection().is_sharded
+        wanted = self.loss_implementation == "default" and not sharded if return_logits is None else return_logits
+        if not wanted:
+            return None, self._without(hidden, rows, options)
+        if sharded:  # logits that are shards of the vocabulary are no basis for a loss outside its own collectives
+            return project(self.prepare(hidden), self.projection()), self._without(hidden, rows, options)
+        return self._with_logits(hidden, rows, options)
 
     def _without(self, hidden: Tensor, rows: Rows, options: LossOptions) -> LossSum:
         """The loss alone, of the rows that have a target."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from heads_lightning.batch import IGNORE
 from heads_lightning.configs.head import LMLossImplementation
-from heads_lightning.losses.base import Feature, LossImplementation, LossOptions, LossSum, Projection
+from heads_lightning.losses.base import Feature, LossImplementation, LossOptions, LossSum, Projection, VocabShard
 from heads_lightning.losses.targets import Reduction, check_labels, check_reduction, divisor, expected_grad, reduce_loss, select_rows
 from heads_lightning.registry import ConfigError
 
@@ -23,6 +23,7 @@ __all__ = [
     "LossOptions",
     "LossSum",
     "Projection",
+    "VocabShard",
     "linear_cross_entropy",
     "loss_module",
     "unavailable",
@@ -61,6 +62,7 @@ def linear_cross_entropy(
     class_weights: Tensor | None = None,
     weights: Tensor | None = None,
     num_classes: int | None = None,
+    shard: VocabShard | None = None,
     num_targets: int | None = None,
     div_factor: float | Tensor | None = None,
     token_metrics: bool = False,
@@ -81,6 +83,8 @@ def linear_cross_entropy(
         class_weights: fp32 [V].
         weights: fp32, shape of labels: weight of each position's loss. They do not change the divisor of `mean`.
         num_classes: rows of weight that are real; the rest is padding that is never predicted.
+        shard: weight and bias are this rank's rows of a vocabulary that a process group shares (`vocab_parallel.vocab_shard`); every rank
+            passes the same hidden states and labels and returns the same loss. `default`, `chunked` and `auto`.
         num_targets: number of labels that are not ignore_index, when the host knows it: no waiting for the device.
         div_factor: also divides the result; 0 counts as 1, so that nothing over nothing is 0.
         token_metrics: also return the number of hits and the summed entropy.
@@ -91,7 +95,7 @@ def linear_cross_entropy(
     Raises:
         ValueError: a label is out of range, shapes disagree, or num_targets is wrong.
     """
-    projection = Projection(weight, bias, softcap, num_classes)
+    projection = Projection(weight, bias, softcap, num_classes, shard)
     check_reduction(reduction)
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"labels {list(labels.shape)} and weight {list(weight.shape)} do not fit hidden states {list(hidden.shape)}")

@@ -14,17 +14,36 @@ both multiplied by the row's own weight. The maths is fp32 (fp64 for fp64 inputs
 from __future__ import annotations
 
 import logging
+import math
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from heads_lightning.batch import IGNORE
 
 log = logging.getLogger(__name__)
+
+
+class VocabShard(NamedTuple):
+    """The rows of a projection that this rank holds, of a vocabulary that a process group shares (losses/vocab_parallel.py)."""
+
+    group: dist.ProcessGroup
+    start: int
+    """First row."""
+    rows: int
+    """Rows held: they may differ from rank to rank."""
+    total: int
+    """Rows of all ranks."""
+
+    @property
+    def even_rows(self) -> int:
+        """Rows of a rank if all had as many."""
+        return math.ceil(self.total / dist.get_world_size(self.group))
 
 
 class Projection(NamedTuple):
@@ -37,12 +56,31 @@ class Projection(NamedTuple):
     softcap: float | None = None
     """Bound c of the logits, c·tanh(z / c). None: none."""
     num_classes: int | None = None
-    """Rows of the weight that are real; the rest is padding that is never predicted. None: all."""
+    """Rows of the weight, of all ranks where it is sharded, that are real; the rest is padding that is never predicted. None: all."""
+    shard: VocabShard | None = None
+    """With it, the weight and bias are this rank's rows. (A DTensor needs none: its placement says it.)"""
 
     @property
     def classes(self) -> int:
         """Classes that can be predicted."""
-        return self.weight_VD.shape[0] if self.num_classes is None else self.num_classes
+        if self.num_classes is not None:
+            return self.num_classes
+        return self.weight_VD.shape[0] if self.shard is None else self.shard.total
+
+    @property
+    def is_sharded(self) -> bool:
+        """The weight is one rank's share."""
+        return self.shard is not None or is_dtensor(self.weight_VD)
+
+    @property
+    def own_classes(self) -> int:
+        """Rows of the weight at hand that are no padding."""
+        return self.classes if self.shard is None else max(0, min(self.shard.rows, self.classes - self.shard.start))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over a device mesh. Its class is not imported to ask: that takes a second."""
+    return hasattr(tensor, "placements")
 
 
 class LossOptions(NamedTuple):
@@ -111,15 +149,17 @@ class Feature(StrEnum):
     token_metrics = "token_metrics"
     float64 = "float64"
     frozen_hidden = "frozen_hidden"
+    vocab_parallel = "vocab_parallel"
 
 
 def features_of(hidden_ND: Tensor, projection: Projection, options: LossOptions, weights_N: Tensor | None) -> frozenset[Feature]:
     """The features that a call needs."""
     trains_weight_alone = torch.is_grad_enabled() and not hidden_ND.requires_grad and projection.weight_VD.requires_grad
+    rows = projection.weight_VD.shape[0] if projection.shard is None else projection.shard.total
     needed = {
         Feature.bias: projection.bias_V is not None,
         Feature.softcap: projection.softcap is not None,
-        Feature.padded_vocabulary: projection.classes != projection.weight_VD.shape[0],
+        Feature.padded_vocabulary: projection.classes != rows,
         Feature.z_loss: options.z_loss_multiplier != 0,
         Feature.label_smoothing: options.label_smoothing != 0,
         Feature.class_weights: options.class_weights_V is not None,
@@ -128,6 +168,7 @@ def features_of(hidden_ND: Tensor, projection: Projection, options: LossOptions,
         Feature.token_metrics: options.token_metrics,
         Feature.float64: hidden_ND.dtype == torch.float64,
         Feature.frozen_hidden: trains_weight_alone,
+        Feature.vocab_parallel: projection.is_sharded,
     }
     return frozenset(feature for feature, is_needed in needed.items() if is_needed)
 
@@ -155,6 +196,11 @@ def project(hidden: Tensor, projection: Projection) -> Tensor:
     """Logits [..., num_classes] of hidden [..., D] in the type of the matrix product; the soft cap is taken in fp32."""
     dtype = matmul_dtype(hidden, projection.weight_VD)
     weight_VD, bias_V = projection.weight_VD, projection.bias_V
+    if is_dtensor(weight_VD):  # logits stay where their weights are: a DTensor of the global shape
+        from torch.distributed.tensor import DTensor, Replicate
+
+        assert isinstance(weight_VD, DTensor)
+        hidden = DTensor.from_local(hidden, weight_VD.device_mesh, [Replicate()], run_check=False)
     if projection.classes != weight_VD.shape[0]:
         weight_VD = weight_VD[: projection.classes]
         bias_V = None if bias_V is None else bias_V[: projection.classes]

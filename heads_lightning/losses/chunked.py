@@ -7,14 +7,19 @@ handed over once: a second backward pass is refused in words, as is a second der
 
 from __future__ import annotations
 
+import importlib
 import math
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heads_lightning.losses import chunked_blocks
 from heads_lightning.losses import chunked_kernels as kernels
 from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
+from heads_lightning.losses.chunked_blocks import Matmul, blocked
 from heads_lightning.losses.chunked_kernels import Gradients, RowStats, Spec
 from heads_lightning.losses.once import refuse_again
 from heads_lightning.losses.onednn import mkl, onednn, onednn_wins
@@ -42,13 +47,21 @@ def linear_cross_entropy_sum(
         return _differentiable_weights(hidden_ND, projection, labels_N, options, weights_N)
     counted_N = None if options.all_targets or not options.token_metrics else labels_N != options.ignore_index
     hidden_ND, labels_N, weights_N = mask_ignored(hidden_ND, labels_N, weights_N, options)
+    if projection.is_sharded:
+        projection = vocab_parallel().local_projection(projection)
     spec = _spec(hidden_ND, projection, options)
     tensors = (hidden_ND, projection.weight_VD, projection.bias_V, labels_N, weights_N, options.class_weights_V, counted_N)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and spec.shard is None:
         from heads_lightning.losses.chunked_op import compiled
 
         return LossSum(*compiled(*tensors, spec, per_token=options.per_token))
     return LossSum(*(_PerToken if options.per_token else _Summed).apply(*tensors, spec))
+
+
+@cache
+def vocab_parallel() -> ModuleType:
+    """losses/vocab_parallel.py, imported for shards alone: PyTorch's distributed tensors take a second."""
+    return importlib.import_module("heads_lightning.losses.vocab_parallel")
 
 
 def _spec(hidden_ND: Tensor, projection: Projection, options: LossOptions) -> Spec:
@@ -58,7 +71,7 @@ def _spec(hidden_ND: Tensor, projection: Projection, options: LossOptions) -> Sp
         z_loss_multiplier=options.z_loss_multiplier,
         label_smoothing=options.label_smoothing,
         softcap=projection.softcap,
-        classes=projection.classes,
+        classes=projection.own_classes,
         token_metrics=options.token_metrics,
         need_dx=wants_grad and hidden_ND.requires_grad,
         need_dw=wants_grad and projection.weight_VD.requires_grad,
@@ -66,6 +79,8 @@ def _spec(hidden_ND: Tensor, projection: Projection, options: LossOptions) -> Sp
         dtype=dtype,
         # gradients of fp16 stay unscaled until the backward pass: 1 ÷ tokens would underflow in them
         scale=1.0 if dtype == torch.float16 else options.expected_grad,
+        shard=projection.shard,
+        all_classes=0 if projection.shard is None else projection.classes,
     )
 
 
@@ -83,7 +98,7 @@ def _differentiable_weights(
 def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
     """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
     workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
-    size = classes * dtype.itemsize
+    size = max(1, classes) * dtype.itemsize
     fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
     accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
     if rows <= fits or rows * size <= workspace + accumulator:
@@ -103,17 +118,20 @@ def compute(
 ) -> tuple[RowStats, Gradients]:
     """Losses of the rows and gradients of spec.scale · their weighted sum, in the types of the operands."""
     rows, width = hidden_ND.shape
-    spec = spec._replace(rows=chunk_rows(rows, spec.classes, width, spec.dtype, hidden_ND.device.type))
+    classes = spec.classes if spec.shard is None else spec.shard.even_rows  # ranks must agree on the chunks that they exchange numbers of
+    spec = spec._replace(rows=chunk_rows(rows, classes, width, spec.dtype, hidden_ND.device.type))
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         acc = loss_dtype(spec.dtype)
         terms = kernels.row_terms(labels_N, weights_N, class_weights_V, spec, acc)
         x_ND, w_VD = hidden_ND.to(spec.dtype), weight_VD[: spec.classes].to(spec.dtype)
         b_V = None if bias_V is None else bias_V[: spec.classes].to(acc)
         product = _block_matmul(x_ND, w_VD, spec)
-        if product is None:
+        if spec.shard is not None:
+            stats, gradients = vocab_parallel().sharded(x_ND, w_VD, b_V, labels_N, terms, spec)
+        elif product is None:
             stats, gradients = kernels.dense(x_ND, w_VD, b_V, labels_N, terms, spec)
         else:
-            stats, gradients = kernels.blocked(x_ND, w_VD, b_V, labels_N, terms, spec, product)
+            stats, gradients = blocked(x_ND, w_VD, b_V, labels_N, terms, spec, product)
         return stats, Gradients(*_like_operands(gradients, hidden_ND, weight_VD, bias_V, keep_accumulator=spec.dtype == torch.float16))
 
 
@@ -238,10 +256,10 @@ class _PerToken(torch.autograd.Function):
         return (*typed, None, None, None, None, None)
 
 
-def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> kernels.Matmul | None:
+def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | None:
     """The product for the blocked kernel, where that kernel is the better one; else None."""
     plain = hidden_ND.device.type == "cpu" and spec.dtype in (torch.float32, torch.float64) and spec.softcap is None
-    if not plain or spec.classes <= kernels.BLOCK_COLUMNS:
+    if not plain or spec.classes <= chunked_blocks.BLOCK_COLUMNS:
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:
         return onednn if onednn_wins(torch.get_num_threads()) else mkl

@@ -14,6 +14,8 @@ from heads_lightning.losses import chunked
 from heads_lightning.losses.base import loss_dtype
 from heads_lightning.losses.chunked_kernels import Spec
 
+STATIC = Spec._fields.index("shard")
+"""The fields of Spec before this one are the operator's arguments."""
 Eight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -31,9 +33,11 @@ def compiled(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The fields of LossSum."""
     tensors = (hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, counted_N)
-    total, cross_entropy, z_loss, correct, entropy, *_ = forward(*tensors, *spec[:-1], per_token)
-    metrics = (correct.detach(), entropy.detach()) if spec.token_metrics else (None, None)
-    return total, cross_entropy.detach(), z_loss.detach() if spec.z_loss_multiplier else None, *metrics
+    total, cross_entropy, z_loss, correct, entropy, *_ = forward(*tensors, *spec[:STATIC], per_token)
+    z_part = z_loss.detach() if spec.z_loss_multiplier else None
+    if not spec.token_metrics:
+        return total, cross_entropy.detach(), z_part, None, None
+    return total, cross_entropy.detach(), z_part, correct.detach(), entropy.detach()
 
 
 @torch.library.custom_op("heads_lightning::chunked_linear_cross_entropy", mutates_args=())

@@ -25,6 +25,12 @@ def linear_cross_entropy_sum(
     """See LossImplementation."""
     known_N = None if options.all_targets else labels_N != options.ignore_index
     hidden_ND, labels_N, weights_N = mask_ignored(hidden_ND, labels_N, weights_N, options)
+    if projection.is_sharded:
+        from heads_lightning.losses.vocab_parallel import default_sharded, local_projection
+
+        projection = local_projection(projection)
+        if projection.shard is not None:
+            return default_sharded(hidden_ND, projection, labels_N, options, weights_N, known_N)
     return logits_loss_sum(project(hidden_ND, projection), labels_N, options, weights_N, known_N)
 
 
