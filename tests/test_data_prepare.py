@@ -1,6 +1,7 @@
 """Preparation: the right documents, the same tokens however they are made, whole or not at all, one line for every mistake."""
 
 import json
+import operator
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from heads_lightning.data import sources as sources_module
 from heads_lightning.data.prepare import prepare, prepared_folder
 from heads_lightning.data.shards import PreparedData, ShardWriter
 from heads_lightning.data.sources import Files, Repeat, Stdlib, place, split
+from heads_lightning.data.workers import WorkerError, run_jobs
 from heads_lightning.registry import ConfigError
 
 BPE = BPEConfig(vocab_size=400, num_sentinels=0)
@@ -48,12 +50,13 @@ def everything(prepared: PreparedData) -> dict[str, bytes]:
 # what is in it
 
 
-def test_documents_come_back_from_the_shards(corpus):
+def test_documents_come_back_from_the_shards_in_order(corpus, monkeypatch):
+    monkeypatch.setattr(sources_module, "_PART_BYTES", (500, 500))
     prepared = prepare(config(corpus), BPE)
     names = sorted(p.relative_to(corpus).as_posix() for p in corpus.rglob("*.py"))
     for side in ("train", "validation"):
         expected = [(corpus / n).read_text() for n in names if split(n, 0.2) == side]
-        assert sorted(prepared.texts(side)) == sorted(expected)
+        assert list(prepared.texts(side)) == expected
         entry = prepared.manifest.splits[side]
         assert entry.documents == len(expected) == getattr(prepared, side).documents
         assert entry.bytes == sum(len(t.encode()) for t in expected)
@@ -107,7 +110,7 @@ def test_the_tokenizer_is_trained_on_training_documents_alone(corpus):
     held_out = next(p for p in sorted(corpus.rglob("*.py")) if split(p.relative_to(corpus).as_posix(), 0.2) == "validation")
     held_out.write_text("zzzyyyxxx " * 500)
     prepared = prepare(data, BPE)
-    assert b"zzz" not in {b for b in prepared.vocabulary.token_bytes if len(b) >= 3}
+    assert not any(b"zz" in b for b in prepared.vocabulary.token_bytes)
 
 
 def test_exact_duplicates_are_dropped_once(corpus):
@@ -181,6 +184,18 @@ def test_the_result_does_not_depend_on_processes(corpus, monkeypatch):
     two = prepare(config(corpus, prepare_processes=2, cache_dir=str(corpus.parent / "other")), BPE)
     assert len(sources_module.Files(config(corpus)).parts()) > 4
     assert everything(two) == one
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_failing_job_is_raised_here(processes):
+    assert sorted(run_jobs(operator.truediv, 12.0, [1, 2, 3, 4], processes=processes)) == [3.0, 4.0, 6.0, 12.0]
+    with pytest.raises(ZeroDivisionError):
+        list(run_jobs(operator.truediv, 12.0, [1, 2, 0, 4], processes=processes))
+
+
+def test_a_process_that_dies_is_noticed():
+    with pytest.raises(WorkerError, match="ended with status 3"):
+        list(run_jobs(operator.call, os._exit, [3, 3], processes=2))
 
 
 def test_a_second_call_reads_nothing(corpus, monkeypatch):

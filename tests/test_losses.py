@@ -154,7 +154,8 @@ GRID = list(
 def test_value_and_gradients_equal_the_reference(implementation: str, dtype: torch.dtype) -> None:
     if implementation == "torch" and dtype == torch.bfloat16:
         pytest.skip("PyTorch sums its loss in bf16: documented, and never chosen by auto")
-    for reduction, z, smoothing, softcap, bias, weights, class_weights, masked in GRID:
+    every = 13 if implementation == "fused_linear" and not torch.cuda.is_available() else 1  # Triton's interpreter is slow
+    for reduction, z, smoothing, softcap, bias, weights, class_weights, masked in GRID[::every]:
         case = make_case(dtype, bias=bias, weights=weights, class_weights=class_weights, masked=masked)
         upstream = torch.rand(N, dtype=torch.float64) if reduction == "none" else torch.tensor(0.75)
         options: dict[str, Any] = {"softcap": softcap, "upstream": upstream, "reduction": reduction}
@@ -382,7 +383,7 @@ def test_large_fp32_products_by_either_library_agree(monkeypatch: pytest.MonkeyP
     want = reference(case, reduction="mean", z=1e-3, smoothing=0.1, softcap=None, upstream=None)
     monkeypatch.setattr(chunked, "PROBE_FLOP", 0)
     for wins in (True, False):
-        monkeypatch.setattr(chunked, "_onednn_wins", lambda threads, wins=wins: wins)
+        monkeypatch.setattr(chunked, "onednn_wins", lambda threads, wins=wins: wins)
         assert_same(run("chunked", case, z_loss_multiplier=1e-3, label_smoothing=0.1), want, 1e-5, wins)
 
 

@@ -173,12 +173,17 @@ def test_sentinels_of_t5_are_found(tmp_path):
 
 
 def test_nothing_is_added_cut_or_padded(tmp_path):
-    inner = byte_level("</s>")
-    inner.post_processor = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 256)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {entry: i for i, entry in enumerate([*alphabet, "lo", "</s>"])}
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[("l", "o")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.add_special_tokens(["</s>"])
+    inner.post_processor = processors.TemplateProcessing(single="</s> $A </s>", special_tokens=[("</s>", 257)])
     inner.enable_truncation(3)
     inner.enable_padding(length=20)
     tokenizer = load(tmp_path, inner)
-    assert len(tokenizer.encode("hello")) == 5
+    assert tokenizer._byte_ids is None
+    assert len(tokenizer.encode("hello")) == 4
 
 
 def test_sentencepiece_style_entries_become_bytes(tmp_path):

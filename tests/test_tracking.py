@@ -391,7 +391,7 @@ def test_lightning_logs_into_the_record_and_does_not_end_the_run(tmp_path: Path)
     trainer = pl.Trainer(logger=RunLogger(log), log_every_n_steps=1, max_epochs=1, **options)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit), log:
-        trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=1))
+        trainer.fit(Module(), torch.utils.data.DataLoader(list(torch.ones(8, 2)), batch_size=1))
     signal.signal(signal.SIGINT, handler)  # Lightning leaves Ctrl-C ignored
     assert [(p.step, p.tokens, p.values) for p in read_metrics(log.run_dir)] == [
         (0, 10, {"train/loss": 0.0}),

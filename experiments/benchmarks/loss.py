@@ -6,14 +6,15 @@
     python experiments/benchmarks/loss.py gpu                       # the GPU table; needs one
 
 Times: all implementations once per round, in one process, in turn; the median over rounds of each round's ratio, so that other work on the
-machine falls on all alike. With one thread CPU time is used, with more wall time. limit = three products of 2·N·d·V operations each (N: rows
-with a target) at the best rate that any library reaches here for that type. Memory: peak resident size of one step beyond dX and dW, each
-in a fresh process. `--json FILE` keeps the numbers.
+machine falls on all alike. With one thread CPU time is used, with more wall time. limit = three products of 2·N·d·V operations each (N:
+rows with a target) at the best rate that any library reaches here for that type. Memory: peak resident size of one step beyond dX and dW,
+each in a fresh process. `--json FILE` keeps the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -23,6 +24,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads_lightning.losses import linear_cross_entropy, unavailable
+from heads_lightning.losses.onednn import onednn_wins
 
 SHAPES = {"A": (2048, 512, 50304), "B": (1024, 768, 32000), "C": (4096, 256, 8192)}
 GPU_SHAPES = {"d4096": (16384, 4096, 131072), "d2048": (32768, 2048, 50304)}
@@ -69,11 +72,17 @@ def step(loss: Callable[[], Tensor], *leaves: Tensor) -> Tensor:
     return value.detach()
 
 
+def repeat(loss: Callable[[], Tensor], *leaves: Tensor) -> None:
+    """Three steps."""
+    for _ in range(3):
+        step(loss, *leaves)
+
+
 def products(x: Tensor, w: Tensor, rows: int) -> dict[str, tuple[Step, float]]:
     """The three products alone, by library, in the sizes that suit it; with the share of `rows` that the sizes cover."""
     block, columns = min(rows, 512), 2048
     x, w = x.detach()[:block].contiguous(), w.detach()
-    classes, width = w.shape
+    classes = w.shape[0]
     g = torch.randn(block, classes).to(x)
     dx, dw = torch.empty_like(x), torch.empty_like(w)
     g_block = torch.randn(block, columns).to(x)
@@ -132,7 +141,7 @@ def time_shape(name: str, dtype: torch.dtype, labelled: float, options: argparse
     """One line per implementation for one shape."""
     x, w, labels = make(SHAPES[name], dtype, labelled)
     limits = products(x, w, int((labels != -100).sum()))
-    contenders = {k: (lambda f=f: step(f, x, w), 1.0) for k, f in losses(x, w, labels, options.implementations.split(",")).items()}
+    contenders = {k: (partial(step, f, x, w), 1.0) for k, f in losses(x, w, labels, options.implementations.split(",")).items()}
     taken = rounds({**limits, **contenders}, options.rounds, options.threads, options.seconds)
     best = min(limits, key=lambda k: statistics.median(taken[k]))
     rows = int((labels != -100).sum())
@@ -166,10 +175,9 @@ def memory_child(name: str, shape: str, dtype: torch.dtype, labelled: float) -> 
         step(loss, x, w)
         x.grad = w.grad = None
     if dtype == torch.float32:
-        from heads_lightning.losses import chunked
-
-        chunked._onednn_wins(torch.get_num_threads())
+        onednn_wins(torch.get_num_threads())
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # free memory that the process holds would hide as much of the peak
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     step(loss, x, w)
@@ -183,7 +191,18 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         n, _, v = SHAPES[shape]
         print(f"\n{shape} {SHAPES[shape]} {dtype} labelled {labelled}; fp32 logits {n * v * 4 / 2**20:.0f} MiB; peak beyond dX and dW:")
         for name in options.implementations.split(","):
-            arguments = ["--child", name, "--shapes", shape, "--dtypes", dtype, "--labelled", str(labelled), "--threads", str(options.threads)]
+            arguments = [
+                "--child",
+                name,
+                "--shapes",
+                shape,
+                "--dtypes",
+                dtype,
+                "--labelled",
+                str(labelled),
+                "--threads",
+                str(options.threads),
+            ]
             run = subprocess.run([sys.executable, __file__, "memory", *arguments], capture_output=True, text=True, check=False)
             if run.returncode:
                 print(f"  {name:14s} failed: {run.stderr.strip().splitlines()[-1]}")
@@ -204,7 +223,7 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
             for dtype in (torch.float32, torch.bfloat16):
                 x, w, labels = make((n, 256, v), dtype, 1.0)
                 names = losses(x, w, labels, ["default", "chunked", "auto"])
-                runs = {k: (lambda f=f: [step(f, x, w) for _ in range(3)], 1.0) for k, f in names.items()}
+                runs = {k: (partial(repeat, f, x, w), 1.0) for k, f in names.items()}
                 taken = rounds(runs, options.rounds, options.threads, options.seconds)
                 cell += [ratio(taken["chunked"], taken["default"]), ratio(taken["auto"], taken["default"])]
             result[f"{n} {v}"] = cell
@@ -226,7 +245,7 @@ def gpu(options: argparse.Namespace) -> dict[str, Any]:
         for k, loss in losses(x, w, labels, names).items():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            seconds = gpu_seconds(lambda loss=loss, x=x, w=w: step(loss, x, w), 5)
+            seconds = gpu_seconds(partial(step, loss, x, w), 5)
             peak = (torch.cuda.max_memory_allocated() - before) / 2**20
             error = gpu_error(k, shape)
             result[f"{shape_name} {k}"] = {"ms": seconds * 1e3, "to_limit": seconds / limit, "peak_mib": peak, **error}

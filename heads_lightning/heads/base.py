@@ -87,6 +87,7 @@ class LMHead(Head):
         self.config = config
         self.d_model = d_model
         self.vocab_size = vocab_size
+        self._linear_cross_entropy_sum = loss_module(config.loss_implementation).linear_cross_entropy_sum
 
     @property
     def loss_implementation(self) -> LMLossImplementation:
@@ -187,8 +188,7 @@ class LMHead(Head):
     def _without(self, hidden: Tensor, rows: Rows, options: LossOptions) -> LossSum:
         """The loss alone, of the rows that have a target."""
         hidden_ND = self.prepare(rows.select(hidden.reshape(-1, self.d_model)))
-        compute = loss_module(self.loss_implementation).linear_cross_entropy_sum
-        return compute(hidden_ND, self.projection(), rows.labels_N, options, rows.weights_N)
+        return self._linear_cross_entropy_sum(hidden_ND, self.projection(), rows.labels_N, options, rows.weights_N)
 
     def _with_logits(self, hidden: Tensor, rows: Rows, options: LossOptions) -> tuple[Tensor, LossSum]:
         """The logits of every position, and the loss made from them: they exist anyway."""

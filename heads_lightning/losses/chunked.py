@@ -8,8 +8,6 @@ handed over once: a second backward pass is refused in words, as is a second der
 from __future__ import annotations
 
 import math
-from functools import cache
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,9 +17,10 @@ from heads_lightning.losses import chunked_kernels as kernels
 from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
 from heads_lightning.losses.chunked_kernels import Gradients, RowStats, Spec
 from heads_lightning.losses.once import refuse_again
+from heads_lightning.losses.onednn import mkl, onednn, onednn_wins
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 40 << 20
+WORKSPACE_BYTES = 44 << 20
 """Logits that exist at a time on a CPU."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
@@ -45,6 +44,10 @@ def linear_cross_entropy_sum(
     hidden_ND, labels_N, weights_N = mask_ignored(hidden_ND, labels_N, weights_N, options)
     spec = _spec(hidden_ND, projection, options)
     tensors = (hidden_ND, projection.weight_VD, projection.bias_V, labels_N, weights_N, options.class_weights_V, counted_N)
+    if torch.compiler.is_compiling():
+        from heads_lightning.losses.chunked_op import compiled
+
+        return LossSum(*compiled(*tensors, spec, per_token=options.per_token))
     return LossSum(*(_PerToken if options.per_token else _Summed).apply(*tensors, spec))
 
 
@@ -63,7 +66,6 @@ def _spec(hidden_ND: Tensor, projection: Projection, options: LossOptions) -> Sp
         dtype=dtype,
         # gradients of fp16 stay unscaled until the backward pass: 1 ÷ tokens would underflow in them
         scale=1.0 if dtype == torch.float16 else options.expected_grad,
-        rows=chunk_rows(hidden_ND.shape[0], projection.classes, hidden_ND.shape[1], dtype, hidden_ND.device.type),
     )
 
 
@@ -90,7 +92,7 @@ def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: 
     return min(rows, math.ceil(even / 16) * 16)
 
 
-def _compute(
+def compute(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
@@ -100,6 +102,8 @@ def _compute(
     spec: Spec,
 ) -> tuple[RowStats, Gradients]:
     """Losses of the rows and gradients of spec.scale · their weighted sum, in the types of the operands."""
+    rows, width = hidden_ND.shape
+    spec = spec._replace(rows=chunk_rows(rows, spec.classes, width, spec.dtype, hidden_ND.device.type))
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         acc = loss_dtype(spec.dtype)
         terms = kernels.row_terms(labels_N, weights_N, class_weights_V, spec, acc)
@@ -129,7 +133,7 @@ def _like_operands(
     return result
 
 
-def _sums(
+def sums(
     stats: RowStats, weights_N: Tensor | None, counted_N: Tensor | None, spec: Spec, *, per_token: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The fields of LossSum."""
@@ -165,10 +169,10 @@ class _Summed(torch.autograd.Function):
         counted_N: Tensor | None,
         spec: Spec,
     ) -> tuple[Tensor | None, ...]:
-        stats, gradients = _compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, spec)
+        stats, gradients = compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, spec)
         ctx.gradients, ctx.spec = gradients, spec
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V))
-        outputs = _sums(stats, weights_N, counted_N, spec, per_token=False)
+        outputs = sums(stats, weights_N, counted_N, spec, per_token=False)
         ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
         ctx.set_materialize_grads(False)
         return outputs
@@ -212,10 +216,10 @@ class _PerToken(torch.autograd.Function):
         spec: Spec,
     ) -> tuple[Tensor | None, ...]:
         without = spec._replace(need_dx=False, need_dw=False, need_db=False)
-        stats, _ = _compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, without)
+        stats, _ = compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, without)
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V)
         ctx.spec = spec._replace(token_metrics=False, scale=1.0)
-        outputs = _sums(stats, weights_N, counted_N, spec, per_token=True)
+        outputs = sums(stats, weights_N, counted_N, spec, per_token=True)
         ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
         ctx.set_materialize_grads(False)
         return outputs
@@ -228,7 +232,7 @@ class _PerToken(torch.autograd.Function):
         refuse_again("chunked", used=False)
         hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V = ctx.saved_tensors
         row_grad_N = grad_N if weights_N is None else grad_N * weights_N
-        _, gradients = _compute(hidden_ND, weight_VD, bias_V, labels_N, row_grad_N, class_weights_V, ctx.spec)
+        _, gradients = compute(hidden_ND, weight_VD, bias_V, labels_N, row_grad_N, class_weights_V, ctx.spec)
         dtypes = tuple(None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V))
         typed = (None if g is None or d is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True))
         return (*typed, None, None, None, None, None)
@@ -237,37 +241,8 @@ class _PerToken(torch.autograd.Function):
 def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> kernels.Matmul | None:
     """The product for the blocked kernel, where that kernel is the better one; else None."""
     plain = hidden_ND.device.type == "cpu" and spec.dtype in (torch.float32, torch.float64) and spec.softcap is None
-    if not plain or torch.compiler.is_compiling() or spec.classes <= kernels.BLOCK_COLUMNS:
+    if not plain or spec.classes <= kernels.BLOCK_COLUMNS:
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:
-        return _onednn if _onednn_wins(torch.get_num_threads()) else _plain
-    return _plain
-
-
-def _plain(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    return torch.mm(a_MK, b_NK.t())
-
-
-def _onednn(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """a @ b.T by oneDNN. torch.mm asks MKL for fp32, which reaches half of oneDNN's rate on some AMD processors."""
-    return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
-
-
-@cache
-def _onednn_wins(threads: int) -> bool:
-    """Whether oneDNN's private fp32 product exists here, is right, and is faster than torch.mm with so many threads; asked once."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(256, 512, generator=generator), torch.randn(kernels.BLOCK_COLUMNS, 512, generator=generator)
-    exact = a.double() @ b.double().t()
-    try:
-        if (_onednn(a, b) - exact).norm() > 1e-6 * exact.norm():
-            return False
-    except (AttributeError, RuntimeError):
-        return False
-    seconds: dict[kernels.Matmul, float] = {_onednn: float("inf"), _plain: float("inf")}
-    for _ in range(4):
-        for product in seconds:
-            start = perf_counter()
-            product(a, b)
-            seconds[product] = min(seconds[product], perf_counter() - start)
-    return seconds[_onednn] < 0.97 * seconds[_plain]
+        return onednn if onednn_wins(torch.get_num_threads()) else mkl
+    return mkl

@@ -48,8 +48,8 @@ class Spec(NamedTuple):
     """Of the matrix products."""
     scale: float
     """Multiplies every gradient."""
-    rows: int
-    """Rows of a chunk."""
+    rows: int = 0
+    """Rows of a chunk; set when the shape is known."""
 
     @property
     def need_grad(self) -> bool:

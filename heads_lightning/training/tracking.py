@@ -13,7 +13,6 @@ Nothing here imports MLflow, Lightning or torch.
 
 import hashlib
 import json
-import logging
 import os
 import threading
 import time
@@ -21,13 +20,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from heads_lightning.configs.tracking import MLflowConfig, TrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.training import provenance
 from heads_lightning.training.mlflow_store import Store, find_run_dir, reap, resolve_store, ui_command
 from heads_lightning.training.mlflow_sync import send_later
+from heads_lightning.training.process import Status, is_first_rank, status_of
 from heads_lightning.training.run_folder import (
     ARTIFACTS,
     CONFIG,
@@ -47,11 +47,6 @@ from heads_lightning.training.sender_process import SenderProcess
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
-"""How a run ended. SCHEDULED: it was handed back to a scheduler that will start it again, and is not over."""
-
-logger = logging.getLogger(__name__)
 
 
 class RunLog(ABC):
@@ -326,35 +321,6 @@ def open_parent(tracking: TrackingConfig, *, sweep_dir: Path, run_root: Path, na
     log = open_run(tracking, run_dir=sweep_dir, run_root=run_root, name=name, config_flat={}, config_yaml=config_yaml, resume=resume)
     log.set_tags({"multirun": str(sweep_dir)})
     return log
-
-
-def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is rank 0 of its job. RANK (torchrun) decides; else no launcher may call it anything but 0: a
-    process that Lightning starts inside a SLURM job inherits SLURM_PROCID=0 and has its own LOCAL_RANK."""
-    if "RANK" in environment:
-        return environment["RANK"] == "0"
-    return all(environment.get(name, "0") == "0" for name in ("SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
-
-
-def status_of(error: BaseException | None) -> Status:
-    """The status that an exception, or none, gives a run.
-
-    Lightning turns Ctrl-C into SystemExit(1) and SIGTERM into its own kind of SystemExit: what stands behind an exit decides.
-    """
-    if error is None:
-        return "FINISHED"
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if isinstance(cause, KeyboardInterrupt) or any(kind.__name__ == "SIGTERMException" for kind in type(cause).__mro__):
-            return "KILLED"
-        cause = (cause.__cause__ or cause.__context__) if isinstance(cause, SystemExit) else None
-    if isinstance(error, SystemExit):
-        code = error.code or 0
-        # 128 + the number of the signal, the way a shell reports it
-        return "FINISHED" if code == 0 else "KILLED" if isinstance(code, int) and 128 < code < 160 else "FAILED"
-    return "FAILED"
 
 
 def last_steps(run_dir: Path) -> dict[str, int]:
