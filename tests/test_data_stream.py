@@ -246,7 +246,14 @@ def prepared(tmp_path_factory) -> PreparedData:
 
 
 def module(prepared: PreparedData, **changes) -> TokenDataModule:
-    fields = {"sequence_length": 32, "global_batch_size": 8, "micro_batch_size": 4, "seed": 3, "total_steps": 12, "validation_sequences": 13}
+    fields = {
+        "sequence_length": 32,
+        "global_batch_size": 8,
+        "micro_batch_size": 4,
+        "seed": 3,
+        "total_steps": 12,
+        "validation_sequences": 13,
+    }
     return TokenDataModule(prepared, Causal(), **(fields | changes))
 
 
