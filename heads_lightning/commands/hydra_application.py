@@ -102,10 +102,25 @@ def main(command: str, arguments: Sequence[str]) -> None:
             check_first(flags, overrides)
         application = hydra.main(config_path=str(conf_dir()), config_name=PRIMARY, **version_base())(TASKS[command])
         try:
-            with hydra_process(arguments):
+            with hydra_process(arguments), _sweep_closed(command):
                 application()
         except Refused as refused:
             raise refused.error from refused
+
+
+@contextmanager
+def _sweep_closed(command: str) -> Iterator[None]:
+    """Tell the command how its sweep ended (only `train` keeps a record of one)."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        module = sys.modules.get(f"heads_lightning.commands.{command}")
+        if command == "train" and module is not None:
+            module.close_sweep(error)
 
 
 def split(arguments: Sequence[str]) -> tuple[Any, list[str]]:
