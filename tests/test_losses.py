@@ -22,6 +22,7 @@ from heads_lightning.losses import (
     LossOptions,
     Projection,
     chunked,
+    chunked_blocks,
     chunked_kernels,
     linear_cross_entropy,
     loss_module,

@@ -109,12 +109,12 @@ class LMHeadConfig(HeadConfig):
         return norm + (0 if self.tie_embeddings else d_model * vocab_size) + (vocab_size if bias else 0)
 
 
-def _member(enum: type[Any], value: Any, where: str) -> Any:
+def _member(enum: type[StrEnum], value: Any, where: str) -> Any:
     """The member of `enum` named `value`; the error lists the members."""
     try:
         return enum(value)
     except ValueError:
-        raise ConfigError(f"{where}={value} does not exist; available: {', '.join(str(m.value) for m in list(enum))}") from None
+        raise ConfigError(f"{where}={value} does not exist; available: {', '.join(str(m.value) for m in enum)}") from None
 
 
 @heads.register("default")

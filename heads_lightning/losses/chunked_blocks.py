@@ -1,7 +1,7 @@
 """The kernel of `chunked` for fp32 and fp64 on a CPU: chunks of rows, and the vocabulary in blocks that stay in cache.
 
-Each block is normalised on its own, and what is left to make it global, exp(lse_block − lse), is a factor of the row, like 1/N, z-loss and the
-weights: it multiplies the thin [rows, D] operands and never the [rows, V] one. Label smoothing is rank one. So nothing but the soft-max
+Each block is normalised on its own, and what is left to make it global, exp(lse_block − lse), is a factor of the row, like 1/N, z-loss and
+the weights: it multiplies the thin [rows, D] operands and never the [rows, V] one. Label smoothing is rank one. So nothing but the soft-max
 passes over the logits, and every product is of dense, cache-sized operands, at which oneDNN is fastest.
 """
 
