@@ -36,6 +36,7 @@ def trained(monkeypatch):
     module = types.ModuleType("heads_lightning.commands.train")
     module.__spec__ = importlib.machinery.ModuleSpec("heads_lightning.commands.train", None)
     module.run = lambda config, run_dir: calls.append((config, run_dir)) or float(config.seed)  # pyright: ignore[reportAttributeAccessIssue]
+    module.close_sweep = lambda error: None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "heads_lightning.commands.train", module)
     return calls
 
@@ -160,6 +161,18 @@ def test_a_mistake_in_a_users_file_names_the_file(capsys, tmp_path):
         2,
         "heads-lightning: In experiment/typo.yaml: trainer.max_stps does not exist. Did you mean trainer.max_steps?\n",
     )
+
+
+@pytest.mark.parametrize("more", [[], ["-m", "seed=1,2"]])
+def test_a_primary_file_of_the_users_is_checked_and_run(more, capsys, tmp_path, trained):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study.yaml").write_text("defaults: [train, override /objective: mlm, _self_]\nname: mine\n")
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "--config-name=study", *more)
+    assert code == 0, err
+    assert {(config.name, config.objective.name) for config, _ in trained} == {("mine", "mlm")}
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "--config-name=study", "head.tie_embeddings=true", "head.dtype=bfloat16")
+    assert code == 2
+    assert "head.tie_embeddings=true shares" in err
 
 
 def test_a_missing_gpu_is_said_before_the_run(capsys, monkeypatch, tmp_path, trained):
