@@ -36,6 +36,7 @@ def trained(monkeypatch):
     module = types.ModuleType("heads_lightning.commands.train")
     module.__spec__ = importlib.machinery.ModuleSpec("heads_lightning.commands.train", None)
     module.run = lambda config, run_dir: calls.append((config, run_dir)) or float(config.seed)  # pyright: ignore[reportAttributeAccessIssue]
+    module.close_sweep = lambda error: None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "heads_lightning.commands.train", module)
     return calls
 
@@ -167,6 +168,18 @@ def test_a_recipe_for_another_option_names_the_file_and_the_option(capsys, tmp_p
     code, _, err = answer(capsys, "train", "objective=causal", "--config-dir=mine", "experiment=rates")
     assert code == 2
     assert err.startswith("heads-lightning: In experiment/rates.yaml: objective.spm_rate belongs to objective=fim")
+
+
+@pytest.mark.parametrize("more", [[], ["-m", "seed=1,2"]])
+def test_a_primary_file_of_the_users_is_checked_and_run(more, capsys, tmp_path, trained):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study.yaml").write_text("defaults: [train, override /objective: mlm, _self_]\nname: mine\n")
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "--config-name=study", *more)
+    assert code == 0, err
+    assert {(config.name, config.objective.name) for config, _ in trained} == {("mine", "mlm")}
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "--config-name=study", "head.tie_embeddings=true", "head.dtype=bfloat16")
+    assert code == 2
+    assert "head.tie_embeddings=true shares" in err
 
 
 def test_a_missing_gpu_is_said_before_the_run(capsys, monkeypatch, tmp_path, trained):

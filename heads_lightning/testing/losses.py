@@ -40,6 +40,8 @@ def reference_loss(
 def check_loss(implementation: LMLossImplementation | str | ModuleType, *, device: Device = "cpu") -> str | None:
     """losses.base.LossImplementation: values, metrics and gradients of every feature; rows without a target, whatever stands there.
 
+    Not here: a vocabulary that several processes share (Feature.vocab_parallel; tests/test_loss_vocab_parallel.py).
+
     Takes a name, or a module that is to become one. Returns None when everything was checked; else why it cannot run here.
     """
     module = implementation if isinstance(implementation, ModuleType) else loss_module(implementation)
@@ -49,8 +51,8 @@ def check_loss(implementation: LMLossImplementation | str | ModuleType, *, devic
         for word in (f"head.loss_implementation={name}", "head.loss_implementation=chunked"):
             assert word in reason, f"{name}: why it cannot run must be said with {word}, not {reason!r}"
         return reason
-    everything = frozenset(Feature)
-    for on in (frozenset(), *map(frozenset, ([f] for f in Feature)), everything - {Feature.float64, Feature.frozen_hidden}, everything):
+    everything = frozenset(Feature) - {Feature.vocab_parallel}
+    for on in (frozenset(), *map(frozenset, ([f] for f in everything)), everything - {Feature.float64, Feature.frozen_hidden}, everything):
         for masked in (0.0, 0.4, 1.0):
             _check_loss(module, on, masked, device, f"{name} with {', '.join(sorted(on)) or 'no feature'}, {masked:.0%} ignored")
     return None
