@@ -477,3 +477,35 @@ def test_compiled_without_a_graph_break_equals_eager(
             results.append([*out[1:], h.grad, *(p.grad for p in head.parameters())])
         for eager, traced in zip(*results, strict=True):
             torch.testing.assert_close(traced, eager)
+
+
+def test_zero_z_loss_overrides_the_config_and_counts_are_of_all_positions() -> None:
+    """0.0 is off, whatever the config says (and not "unset"); num_targets describes the labels given, not those that are kept."""
+    head = build("default", "chunked", z_loss_multiplier=1e-2)
+    x, labels = inputs()
+    off = head(x, labels=labels, z_loss_multiplier=0.0)
+    assert off.z_loss is None
+    torch.testing.assert_close(off.loss, off.ce_loss)
+    assert head(x, labels=labels).z_loss > 0
+    kept = head(x, labels=labels, logits_to_keep=4, num_targets=int((labels != -100).sum()))
+    torch.testing.assert_close(kept.loss, head(x[:, -4:], labels=labels[:, -4:]).loss)
+
+
+@pytest.mark.parametrize("implementation", ["default", "chunked"])
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_gives_fp32_losses_and_gradients_in_the_types_of_parameters(name: str, implementation: str) -> None:
+    """1 %: operands and products are bf16, with 8 bits of mantissa."""
+    head = build(name, implementation)
+    x, labels = inputs()
+    exact = head(x, labels=labels, return_logits=False)
+    exact.loss.backward()
+    want = [p.grad.clone() for p in head.parameters()]
+    head.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = head(x, labels=labels, return_logits=False)
+    out.loss.backward()
+    assert out.loss.dtype == torch.float32
+    assert_near(out.loss, exact.loss, 1e-2, "loss")
+    for parameter, grad in zip(head.parameters(), want, strict=True):
+        assert parameter.grad.dtype == parameter.dtype
+        assert_near(parameter.grad, grad, 2e-2, parameter.shape)
