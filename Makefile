@@ -31,7 +31,7 @@ test-all: $(STAMP) ## also the tests that take many minutes
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff format .

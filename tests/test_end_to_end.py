@@ -39,7 +39,8 @@ def trained(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_summary_says_what_was_reached_and_how_to_go_on(trained: Path) -> None:
     out = (trained / "stdout").read_text()
     for phrase in ("bits per byte of held-out files", "5-gram byte model", "given prefix and suffix", "given the prefix alone",
-                   "line lookup", "model ▸", "truth ▸", "mlflow ui", f"infill checkpoint={trained}", f"train resume={trained}"):  # fmt: skip
+                   "line lookup", "model ▸", "truth ▸", "mlflow ui",
+                   f"infill checkpoint={trained}", f"train resume={trained}"):  # fmt: skip
         assert phrase in out, phrase
     report = json.loads((trained / "evaluation.json").read_text())
     assert 0 < report["infill_bits_per_byte"] < 20

@@ -78,7 +78,9 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
     parts = build(config, say=lambda line: None)
     text = to_yaml(config)
     clock = Clock()
-    with open_run(config.tracking, run_dir=folder, run_root=folder.parent, name="bench", config_flat=flatten(config), config_yaml=text) as log:
+    with open_run(
+        config.tracking, run_dir=folder, run_root=folder.parent, name="bench", config_flat=flatten(config), config_yaml=text
+    ) as log:
         metrics = MetricsCallback(
             lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
             every_steps=config.trainer.log_every_steps,
@@ -98,7 +100,9 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
         ticks = Ticks(folder, every_steps=steps + 1, keep=1, record={}, warn=print)
         with (folder / "progress.txt").open("w") as sink:
             progress = ProgressCallback(metrics, Console(file=sink, force_terminal=True))
-            trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=[metrics, progress, ticks], logger=RunLogger(log))
+            trainer = build_trainer(
+                config.trainer, precision=config.trainer.precision, callbacks=[metrics, progress, ticks], logger=RunLogger(log)
+            )
             trainer.fit(parts.module, datamodule=parts.datamodule)
     return clock.seconds_per_step()
 

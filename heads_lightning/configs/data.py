@@ -99,10 +99,10 @@ class FilesConfig(DataConfig):
 @data_sources.register("repeat")
 @dataclass
 class RepeatConfig(DataConfig):
-    """Synthetic documents of three lines of random letters, the third a copy of the second: that line is known from its suffix alone.
+    """Synthetic documents of three lines of random letters, the third a copy of the second, which its suffix alone therefore tells.
 
-    Left to right the second line can only be guessed, so it proves a fill-in-the-middle pipeline end to end in seconds: a lost suffix, a truncated
-    middle or a shifted label fails it.
+    Left to right the second line can only be guessed, so it proves a fill-in-the-middle pipeline end to end in seconds: a lost suffix,
+    a truncated middle or a shifted label fails it.
     """
 
     name: str = "repeat"
