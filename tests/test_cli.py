@@ -328,7 +328,7 @@ def test_config_says_where_values_come_from(capsys):
     wanted = {
         "seed": (3, "command line"), "head.name": ("mlm", "command line"), "head.layer_norm.name": ("rms", "command line"),
         "data.name": ("repeat", "experiment=fim_proof"), "objective.rate": (1.0, "conf/objective/fim_lines.yaml"),
-        "backbone.d_model": (128, "conf/backbone/tiny.yaml"), "optimizer.name": ("muon", "experiment=fim_proof"),
+        "backbone.d_model": (128, "conf/backbone/tiny.yaml"), "optimizer.name": ("muon", "conf/train.yaml"),
         "objective.level": ("context", "default"), "head.loss_implementation": ("auto", "shipped default"), "head.bias": (None, "default"),
     }  # fmt: skip
     assert {key: (values[key]["value"], values[key]["from"]) for key in wanted} == wanted

@@ -94,6 +94,7 @@ def _job(command: str, tree: DictConfig) -> Any:
 def main(command: str, arguments: Sequence[str]) -> None:
     """`heads-lightning COMMAND ARGUMENTS` through Hydra."""
     prepare_store()
+    arguments = overrides_last(arguments)
     flags, overrides = split(arguments)
     with explained(overrides, flags.config_dir):
         if not (flags.shell_completion or flags.hydra_help):
@@ -121,6 +122,14 @@ def _sweep_closed(command: str) -> Iterator[None]:
         module = sys.modules.get(f"heads_lightning.commands.{command}")
         if command == "train" and module is not None:
             module.close_sweep(error)
+
+
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Flags first: Hydra's parser takes overrides in one run, and users write them on both sides of a flag."""
+    is_override = [not argument.startswith("-") and "=" in argument for argument in arguments]
+    return [a for a, last in zip(arguments, is_override, strict=True) if not last] + [
+        a for a, last in zip(arguments, is_override, strict=True) if last
+    ]
 
 
 def split(arguments: Sequence[str]) -> tuple[Any, list[str]]:
