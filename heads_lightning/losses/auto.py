@@ -18,7 +18,7 @@ from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projectio
 log = logging.getLogger(__name__)
 
 FEATURES = frozenset(Feature)
-SMALL = 2**18
+SMALL = 2**20
 """Logits below which forming them all is as fast: the bookkeeping of chunks outweighs what they save."""
 
 

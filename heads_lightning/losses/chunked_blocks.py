@@ -141,8 +141,8 @@ def _multiply_out(
         if dx_CD is not None:
             dx_CD.addcmul_(matmul(values, weight_VD[columns].t()), factor_C1)
         if dw_VD is not None:
-            part = matmul(values.t(), (x_CD * factor_C1).t())
-            dw_VD[columns].copy_(part) if first else dw_VD[columns].add_(part)
+            add = dw_VD[columns].copy_ if first else dw_VD[columns].add_
+            add(matmul(values.t(), (x_CD * factor_C1).t()))  # unnamed: freed before the next is made
         if db_V is not None:
             db_V[columns].addmv_(values.t(), factor_BC[number])
     if not bool(folds_C.all()):

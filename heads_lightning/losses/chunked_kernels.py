@@ -19,6 +19,8 @@ from heads_lightning.losses.base import VocabShard
 
 CACHED_BYTES = 4 << 20
 """Size of a piece that is worked on in cache. Below 32 MiB, glibc also recycles it instead of giving it back and faulting it in again."""
+ACCELERATOR_CACHED_BYTES = 256 << 20
+"""The same elsewhere, where only the number of calls counts."""
 MIN_COLUMNS = 2048
 """Fewer vocabulary entries at a time make the products of the weight's gradient inefficient."""
 
@@ -128,7 +130,7 @@ def dense(
     weight_grad = WeightGradient(columns, width, spec, acc, hidden_ND.device, single=rows <= spec.rows)
     db_V = torch.zeros(columns, dtype=acc, device=hidden_ND.device) if spec.need_db else None
     logits_CV = torch.empty(min(spec.rows, rows), columns, dtype=spec.dtype, device=hidden_ND.device)
-    cached_bytes = CACHED_BYTES if hidden_ND.device.type == "cpu" else 64 * CACHED_BYTES
+    cached_bytes = CACHED_BYTES if hidden_ND.device.type == "cpu" else ACCELERATOR_CACHED_BYTES
     step = max(1, min(spec.rows, rows, cached_bytes // (columns * acc.itemsize)))
     scratch = torch.empty(step, columns, dtype=acc, device=hidden_ND.device) if low else None
     for start in range(0, rows, spec.rows):
@@ -231,9 +233,9 @@ class WeightGradient:
     def _add_blocks(self, total: Tensor, gradient_CV: Tensor, x_CD: Tensor) -> None:
         columns = max(MIN_COLUMNS, CACHED_BYTES // (total.shape[1] * total.dtype.itemsize))
         for start in range(0, total.shape[0], columns):
-            part = torch.mm(gradient_CV[:, start : start + columns].t(), x_CD)
             block = total[start : start + columns]
-            block.copy_(part) if self.empty else block.add_(part)
+            add = block.copy_ if self.empty else block.add_
+            add(torch.mm(gradient_CV[:, start : start + columns].t(), x_CD))  # unnamed: freed before the next is made
 
     def result(self) -> Tensor | None:
         """dW, or None when it is not needed."""
