@@ -23,10 +23,10 @@ train: $(STAMP) ## prepare data, train, evaluate: fill-in-the-middle on Python's
 	$(BIN)/heads-lightning train $(ARGS)
 
 test: $(STAMP) ## the tests (minutes, no GPU needed)
-	$(BIN)/python -m pytest -m "not slow and not slurm" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not slow and not slurm" $(ARGS)
 
 test-all: $(STAMP) ## also the tests that take many minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
