@@ -14,7 +14,6 @@ both multiplied by the row's own weight. The maths is fp32 (fp64 for fp64 inputs
 from __future__ import annotations
 
 import logging
-import math
 from enum import StrEnum
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -39,11 +38,6 @@ class VocabShard(NamedTuple):
     """Rows held: they may differ from rank to rank."""
     total: int
     """Rows of all ranks."""
-
-    @property
-    def even_rows(self) -> int:
-        """Rows of a rank if all had as many."""
-        return math.ceil(self.total / dist.get_world_size(self.group))
 
 
 class Projection(NamedTuple):

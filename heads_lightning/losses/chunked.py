@@ -118,7 +118,7 @@ def compute(
 ) -> tuple[RowStats, Gradients]:
     """Losses of the rows and gradients of spec.scale · their weighted sum, in the types of the operands."""
     rows, width = hidden_ND.shape
-    classes = spec.classes if spec.shard is None else spec.shard.even_rows  # ranks must agree on the chunks that they exchange numbers of
+    classes = spec.classes if spec.shard is None else spec.shard.total  # ranks must agree on the chunks that they exchange numbers of
     spec = spec._replace(rows=chunk_rows(rows, classes, width, spec.dtype, hidden_ND.device.type))
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         acc = loss_dtype(spec.dtype)
