@@ -57,7 +57,13 @@ def show_sample(sample: Sample) -> str:
     """One infill with the lines around it."""
     before = "\n".join(sample.prefix.split("\n")[-3:])
     after = "\n".join(sample.suffix.lstrip("\n").split("\n")[:2])
-    return f"{_indent(before)}\n  model ▸ {sample.infill.strip() or '(nothing)'}\n  truth ▸ {sample.truth.strip()}\n{_indent(after)}\n"
+    return f"{_indent(before)}\n  model ▸ {_one_line(sample.infill)}\n  truth ▸ {_one_line(sample.truth)}\n{_indent(after)}\n"
+
+
+def _one_line(text: str) -> str:
+    """A text in one line of the summary: line breaks shown, the end cut."""
+    shown = text.strip().replace("\n", "⏎") or "(nothing)"
+    return shown if len(shown) <= 100 else shown[:99] + "…"
 
 
 def _indent(text: str) -> str:
