@@ -25,7 +25,7 @@ from heads_lightning.losses.once import refuse_again
 from heads_lightning.losses.onednn import mkl, onednn, onednn_wins
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 44 << 20
+WORKSPACE_BYTES = 36 << 20
 """Logits that exist at a time on a CPU."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
