@@ -23,15 +23,15 @@ train: $(STAMP) ## prepare data, train, evaluate: fill-in-the-middle on Python's
 	$(BIN)/heads-lightning train $(ARGS)
 
 test: $(STAMP) ## the tests (minutes, no GPU needed)
-	$(BIN)/python -m pytest -m "not slow and not slurm" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not slow and not slurm" $(ARGS)
 
 test-all: $(STAMP) ## also the tests that take many minutes
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff format .

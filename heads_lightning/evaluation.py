@@ -40,9 +40,9 @@ def is_eligible(line: str) -> bool:
     return 6 <= len(visible) <= 60 and any(c.isalnum() for c in visible)
 
 
-def hidden_lines(documents: Sequence[str], config: EvaluationConfig) -> list[HiddenLine]:
+def hidden_lines(documents: list[str], config: EvaluationConfig) -> list[HiddenLine]:
     """`config.infill_lines` lines spread evenly over all eligible lines of the documents."""
-    places = []
+    places: list[tuple[int, int]] = []
     for d, text in enumerate(documents):
         lines = text.split("\n")
         places += [(d, i) for i in range(1, len(lines) - 1) if is_eligible(lines[i])]
@@ -135,7 +135,7 @@ def edit_similarity(a: str, b: str) -> float:
 
 
 def ngram_bits_per_byte(training: bytes, held_out: bytes, order: int = 5) -> float:
-    """Bits per byte of an interpolated byte n-gram model (Witten & Bell 1991, method C): p_k = (count + distinct·p_{k−1}) / (total + distinct)."""
+    """Bits per byte of an interpolated byte n-gram model: p_k = (count + distinct·p_{k−1}) / (total + distinct) (Witten & Bell 1991, C)."""
     p = np.full(len(held_out), 1 / 256)
     for k in range(1, order + 1):
         keys, seen = _packed(training, k), _packed(held_out, k)

@@ -19,7 +19,7 @@ from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData, prepare
 from heads_lightning.data.tokenizer import Tokenizer
-from heads_lightning.heads.base import Head
+from heads_lightning.heads.base import Head, LMHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
@@ -47,6 +47,7 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
     backbone.reset_parameters(generator)
     head.reset_parameters(generator)
     if isinstance(config.head, LMHeadConfig) and config.head.tie_embeddings:
+        assert isinstance(head, LMHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
     return backbone, head
 

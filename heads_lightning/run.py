@@ -31,7 +31,7 @@ from heads_lightning.summary import summary_text
 from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
-from heads_lightning.training.tracking import RunLog, open_run
+from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
 from heads_lightning.training.trainer import build_trainer, resolve_precision
 
 
@@ -54,7 +54,7 @@ def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = 
         Interrupted: a signal asked to stop; the step was saved.
         TrainingStopped: gradients were not finite for too many steps.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_first_rank(os.environ))
     problems = machine_problems(config)
     if problems:
         raise ConfigError(problems[0])
@@ -86,6 +86,7 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
     tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
     metrics = MetricsCallback(
         lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
+        flush=log.flush,
         every_steps=config.trainer.log_every_steps,
         waited_seconds=lambda: experiment.datamodule.wait_seconds,
         tokens_per_step=tokens_per_step,
@@ -113,6 +114,23 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
 
 def _resume_path(config: ExperimentConfig) -> Path | None:
     return find_checkpoint(config.resume, config.run_root) if config.resume else None
+
+
+def _draw_curves(run_dir: Path, log: RunLog) -> None:
+    """loss.png: training and held-out loss by optimizer step."""
+    from matplotlib.figure import Figure
+
+    points = list(read_metrics(run_dir))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("train/loss", "training"), ("val/loss", "held out")):
+        drawn = [(point.step, point.values[name]) for point in points if name in point.values]
+        if drawn:
+            axes.plot(*zip(*drawn, strict=True), label=label, marker="o" if len(drawn) < 40 else None, markersize=3)
+    axes.set(xlabel="optimizer step", ylabel="loss, nats per target")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    log.log_figure("loss.png", figure)
 
 
 def _quiet_lightning() -> None:
@@ -163,6 +181,7 @@ def _conclude(
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
         log.log_text("samples.txt", outcome.samples_text())
+    _draw_curves(run_dir, log)
     text = summary_text(
         config,
         run_dir=run_dir,

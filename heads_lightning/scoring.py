@@ -57,7 +57,13 @@ def show_sample(sample: Sample) -> str:
     """One infill with the lines around it."""
     before = "\n".join(sample.prefix.split("\n")[-3:])
     after = "\n".join(sample.suffix.lstrip("\n").split("\n")[:2])
-    return f"{_indent(before)}\n  model ▸ {sample.infill.strip() or '(nothing)'}\n  truth ▸ {sample.truth.strip()}\n{_indent(after)}\n"
+    return f"{_indent(before)}\n  model ▸ {_one_line(sample.infill)}\n  truth ▸ {_one_line(sample.truth)}\n{_indent(after)}\n"
+
+
+def _one_line(text: str) -> str:
+    """A text in one line of the summary: line breaks shown, the end cut."""
+    shown = text.strip().replace("\n", "⏎") or "(nothing)"
+    return shown if len(shown) <= 100 else shown[:99] + "…"
 
 
 def _indent(text: str) -> str:
@@ -274,8 +280,8 @@ def trained_layouts(objective: FIMConfig) -> list[str]:
 
 
 def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = 200) -> None:
-    """data=repeat: hide a part of the first half; it stands again in the suffix and nowhere in the prefix."""
-    questions = [_copy_question(text, k) for k, text in enumerate(islice(prepared.texts("validation"), count))]
+    """data=repeat: hide the second line; it stands again in the suffix and nowhere in the prefix."""
+    questions = [_copy_question(text) for text in islice(prepared.texts("validation"), count)]
     report.hidden_lines = len(questions)
     report.copy_accuracy_prefix = _accuracy(model, questions, with_suffix=False, layout=None)
     if can_infill(model):
@@ -284,17 +290,15 @@ def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, 
         report.copy_accuracy_infill = min(_accuracy(model, questions, with_suffix=True, layout=name) for name in trained_layouts(objective))
 
 
-def _copy_question(text: str, k: int) -> HiddenLine:
-    half = text.index("|")
-    start = k % half
-    stop = start + 1 + (k // half) % (half - start)
-    return HiddenLine(text[:start], text[start:stop], text[stop:], "", "", begins_document=True)
+def _copy_question(text: str) -> HiddenLine:
+    before, repeated, after = text.splitlines(keepends=True)
+    return HiddenLine(before, repeated, after, "", "", begins_document=True)
 
 
 def _accuracy(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool, layout: str | None) -> float:
     """Share of hidden tokens that greedy decoding gets right."""
     prompts = [_prompt(model, q, with_suffix=with_suffix, layout=layout) for q in questions]
-    truths = [list(model.tokenizer.encode(q.line)) for q in questions]
+    truths = [list(model.tokenizer.encode(q.line.strip())) for q in questions]  # that a line ends is no news
     stop = [i for i in (model.tokenizer.vocabulary.fim_end,) if i is not None]
     outputs = _generate(model, prompts, max_new_tokens=max(len(t) for t in truths), stop_ids=stop)
     right = sum(a == b for out, truth in zip(outputs, truths, strict=True) for a, b in zip(out, truth, strict=False))

@@ -76,7 +76,7 @@ def _infilling(report: Report) -> str:
     if report.infill_exact_match is not None:
         text += (
             "\n  A model this small, trained for minutes, infills real code at or below those floors; the bits per byte show what it has"
-            "\n  learned. experiment=fim_proof proves the pipeline in under a minute; experiment=fim_gpu goes further on a GPU."
+            "\n  learned. experiment=fim_proof proves the pipeline in about a minute; experiment=fim_gpu goes further on a GPU."
         )
     return text
 
@@ -97,6 +97,7 @@ def _samples(samples: list[Sample]) -> str:
 
 
 def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None) -> str:
+    run_dir = _from_here(run_dir)
     rows = [("run folder", str(run_dir))]
     if ui_command:
         rows.append(("see it in MLflow", ui_command))
@@ -109,6 +110,11 @@ def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None)
         )
     )
     return _table("Next", rows)
+
+
+def _from_here(path: Path) -> Path:
+    """The path as one would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:

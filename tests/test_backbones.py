@@ -15,10 +15,13 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones import layers
 from heads_lightning.backbones.base import Backbone
-from heads_lightning.batch import PADDING, Attention, Batch
+from heads_lightning.batch import PADDING, Attention
 from heads_lightning.configs.backbone import FeedForward, NGPTConfig, Position, TransformerConfig, backbones
 from heads_lightning.configs.base import NormType
 from heads_lightning.registry import ConfigError
+from heads_lightning.testing.backbones import batch_of as batch
+from heads_lightning.testing.backbones import changed_at, enlarged
+from heads_lightning.testing.backbones import draw_tokens as tokens
 
 VOCAB = 61
 TINY: dict[str, dict[str, Any]] = {
@@ -55,31 +58,8 @@ def config(variant: str) -> Any:
 
 
 def build(variant: str, dtype: torch.dtype = torch.float64, gain: float = 8.0, seed: int = 0) -> Backbone:
-    """A built backbone in evaluation mode with its matrices enlarged and its vectors made uneven."""
-    model = config(variant).build(vocab_size=VOCAB)
-    generator = torch.Generator().manual_seed(seed)
-    model.reset_parameters(generator)
-    model = model.to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.rand(parameter.shape, generator=generator).to(dtype)
-            parameter.mul_(gain) if parameter.ndim == 2 else parameter.mul_(0.5 + noise)
-    model.after_optimizer_step()
-    return model
-
-
-def batch(tokens_BS: Tensor, attention: Attention = Attention.causal, **fields: Any) -> Batch:
-    return Batch(tokens_BS, tokens_BS, attention, 0, 0, **fields)
-
-
-def tokens(rows: int, size: int, seed: int = 1) -> Tensor:
-    return torch.randint(0, VOCAB, (rows, size), generator=torch.Generator().manual_seed(seed))
-
-
-def changed_at(model: Backbone, one: Batch, other: Batch) -> Tensor:
-    """float [S]: largest change of the hidden state of each position between two batches."""
-    with torch.no_grad():
-        return (model(one) - model(other)).abs().amax(dim=(0, 2))
+    """See testing.backbones.enlarged."""
+    return enlarged(config(variant), VOCAB, dtype, gain, seed)
 
 
 @pytest.fixture(params=VARIANTS)

@@ -36,6 +36,7 @@ def trained(monkeypatch):
     module = types.ModuleType("heads_lightning.commands.train")
     module.__spec__ = importlib.machinery.ModuleSpec("heads_lightning.commands.train", None)
     module.run = lambda config, run_dir: calls.append((config, run_dir)) or float(config.seed)  # pyright: ignore[reportAttributeAccessIssue]
+    module.close_sweep = lambda error: None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "heads_lightning.commands.train", module)
     return calls
 
@@ -94,7 +95,6 @@ MISTAKES = {
     "train objective.rate=2": "objective.rate=2.0 is out of range; objective=fim allows 0 to 1",
     "train head.name=normalized": "head.name=normalized does not fit the options of head=default; choose it with head=normalized",
     "train head.layer_norm.eps=1": "`head.layer_norm.eps=1`: head.layer_norm is null so far; choose it first, with head/layer_norm=rms",
-    "train objective=causal experiment=fim_proof": "In experiment/fim_proof.yaml: objective.rate belongs to objective=fim",
     "train --config-dir=/nowhere": "--config-dir /nowhere is not a folder that can be read",
     "train --config-name=nosuch": "there is no configuration file nosuch.yaml in conf/ or in --config-dir",
     "train --config-path=x": "--config-path would hide the shipped configuration; add your own files with --config-dir FOLDER",
@@ -160,6 +160,26 @@ def test_a_mistake_in_a_users_file_names_the_file(capsys, tmp_path):
         2,
         "heads-lightning: In experiment/typo.yaml: trainer.max_stps does not exist. Did you mean trainer.max_steps?\n",
     )
+
+
+def test_a_recipe_for_another_option_names_the_file_and_the_option(capsys, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "rates.yaml").write_text("# @package _global_\nobjective:\n  spm_rate: 1.0\n")
+    code, _, err = answer(capsys, "train", "objective=causal", "--config-dir=mine", "experiment=rates")
+    assert code == 2
+    assert err.startswith("heads-lightning: In experiment/rates.yaml: objective.spm_rate belongs to objective=fim")
+
+
+@pytest.mark.parametrize("more", [[], ["-m", "seed=1,2"]])
+def test_a_primary_file_of_the_users_is_checked_and_run(more, capsys, tmp_path, trained):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "study.yaml").write_text("defaults: [train, override /objective: mlm, _self_]\nname: mine\n")
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "--config-name=study", *more)
+    assert code == 0, err
+    assert {(config.name, config.objective.name) for config, _ in trained} == {("mine", "mlm")}
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "--config-name=study", "head.tie_embeddings=true", "head.dtype=bfloat16")
+    assert code == 2
+    assert "head.tie_embeddings=true shares" in err
 
 
 def test_a_missing_gpu_is_said_before_the_run(capsys, monkeypatch, tmp_path, trained):
@@ -307,9 +327,9 @@ def test_config_says_where_values_come_from(capsys):
     values = json.loads(answer(capsys, "config", "experiment=fim_proof", "seed=3", "head=mlm", "head/layer_norm=rms", "--json")[1])
     wanted = {
         "seed": (3, "command line"), "head.name": ("mlm", "command line"), "head.layer_norm.name": ("rms", "command line"),
-        "data.name": ("repeat", "experiment=fim_proof"), "objective.rate": (1.0, "experiment=fim_proof"),
-        "backbone.d_model": (128, "conf/backbone/tiny.yaml"), "optimizer.name": ("adamw", "conf/train.yaml"),
-        "objective.cut": ("char", "default"), "head.loss_implementation": ("auto", "shipped default"), "head.bias": (None, "default"),
+        "data.name": ("repeat", "experiment=fim_proof"), "objective.rate": (1.0, "conf/objective/fim_lines.yaml"),
+        "backbone.d_model": (128, "conf/backbone/tiny.yaml"), "optimizer.name": ("muon", "conf/train.yaml"),
+        "objective.level": ("context", "default"), "head.loss_implementation": ("auto", "shipped default"), "head.bias": (None, "default"),
     }  # fmt: skip
     assert {key: (values[key]["value"], values[key]["from"]) for key in wanted} == wanted
 

@@ -166,9 +166,9 @@ def test_repeated_words():
     documents = [d for part in source.parts() for d in source.read(part)]
     assert len(documents) == len({d.name for d in documents}) == 300
     for document in documents:
-        word, again = document.text.removesuffix("\n").split("|")
-        assert word == again
-        assert len(set(word)) == 8
+        before, repeated, again = document.text.splitlines()
+        assert repeated == again != before
+        assert len(set(repeated)) == len(set(before)) == 8
     assert [d.text for d in source.read(source.parts()[0])] == [d.text for d in documents]
     other = Repeat(RepeatConfig(num_documents=300, word_length=8, seed=6))
     assert next(other.read(other.parts()[0])).text != documents[0].text

@@ -22,6 +22,7 @@ from heads_lightning.configs.head import heads
 from heads_lightning.heads import DefaultLMHead, LMHead, LMOutputWithLoss, LMOutputWithMetrics, MLMHead, NormalizedLMHead
 from heads_lightning.losses import unavailable
 from heads_lightning.registry import ConfigError
+from heads_lightning.testing.base import assert_near
 
 HEADS = [name for name, config in heads.items() if issubclass(config, AnyConfig)]
 LOSSES = [name.value for name in LMLossImplementation if unavailable(name) is None]
@@ -67,11 +68,6 @@ def loss_by_hand(head: LMHead, x: Tensor, labels: Tensor, *, reduction: str, z: 
         divide = max(int(valid.sum()), 1) if reduction == "mean" else 1
         ce, z_loss = ce.sum() / divide, z_loss.sum() / divide
     return ce + z_loss, ce, z_loss
-
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float, what: object) -> None:
-    error = (got.double() - want.double()).norm()
-    assert bool(error <= tolerance * want.double().norm() + 1e-12), f"{what}: relative error {float(error / want.double().norm()):.1e}"
 
 
 @pytest.mark.parametrize("implementation", [name for name in LOSSES if name != "auto"])

@@ -30,9 +30,10 @@ from heads_lightning.losses import (
 )
 from heads_lightning.losses.base import report_fallback
 from heads_lightning.registry import ConfigError
+from heads_lightning.testing.base import TOLERANCE, assert_near
+from heads_lightning.testing.losses import reference_logits, reference_loss
 
 HERE = [name.value for name in LMLossImplementation if unavailable(name) is None]
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 N, D, V = 41, 16, 101
 
 
@@ -84,29 +85,21 @@ class Result(NamedTuple):
 
 
 def reference(case: Case, *, reduction: str, z: float, smoothing: float, softcap: float | None, upstream: Tensor | None) -> Result:
-    """The definition in losses/base.py, spelled out in fp64; gradients by autograd."""
+    """The definition in losses/base.py (testing.losses.reference_loss), reduced; gradients by autograd."""
     leaves = {
         k: getattr(case, k).detach().double().clone().requires_grad_() for k in ("hidden", "weight", "bias") if getattr(case, k) is not None
     }
-    logits = leaves["hidden"] @ leaves["weight"].t() + leaves.get("bias", torch.zeros(()))
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    valid = case.labels != -100
-    label = case.labels.clamp(min=0)
-    lse = logits.logsumexp(1)
-    c = torch.ones(logits.shape[1]).double() if case.class_weights is None else case.class_weights.double()
-    w = valid.double() * (1 if case.weights is None else case.weights.double())
-    nll = lse.unsqueeze(1) - logits
-    ce = w * ((1 - smoothing) * c[label] * nll.gather(1, label.unsqueeze(1)).squeeze(1) + smoothing / len(c) * (nll * c).sum(1))
-    z_loss = w * z * c[label] * lse**2
-    hits = ((logits.argmax(1) == label) & valid).double()
-    entropy = torch.special.entr(logits.softmax(1)).sum(1) * valid
+    logits = reference_logits(leaves["hidden"], Projection(leaves["weight"], leaves.get("bias"), softcap))
+    total, ce, z_loss, hits, entropy = reference_loss(
+        logits, case.labels, z=z, smoothing=smoothing, weights_N=case.weights, classes_V=case.class_weights
+    )
     if reduction != "none":
-        divide = float((c[label] * valid).sum()) or 1.0 if reduction == "mean" else 1.0
-        ce, z_loss, hits, entropy = ce.sum() / divide, z_loss.sum() / divide, hits.sum(), entropy.sum()
-    total = ce + z_loss
+        counted = case.labels[case.labels != -100]
+        targets = len(counted) if case.class_weights is None else float(case.class_weights.double()[counted].sum())
+        divide = targets or 1.0 if reduction == "mean" else 1.0
+        total, ce, z_loss, hits, entropy = total.sum() / divide, ce.sum() / divide, z_loss.sum() / divide, hits.sum(), entropy.sum()
     total.backward(torch.ones_like(total) if upstream is None else upstream.double())
-    return Result(total.detach(), ce.detach(), z_loss.detach(), hits, entropy.detach(), {k: v.grad for k, v in leaves.items()})
+    return Result(total.detach(), ce, z_loss, hits, entropy, {k: v.grad for k, v in leaves.items()})
 
 
 def run(implementation: str, case: Case, *, frozen: str = "", upstream: Tensor | None = None, **options: Any) -> Result:
@@ -139,11 +132,6 @@ def assert_same(got: Result, want: Result, tolerance: float, what: object, *, me
         assert_near(getattr(got, name), getattr(want, name), tolerance, (what, name))
     for name, grad in got.grads.items():
         assert_near(grad, want.grads[name], tolerance, (what, "gradient of", name))
-
-
-def assert_near(got: Tensor, want: Tensor, tolerance: float, what: object) -> None:
-    error = (got.double() - want.double()).norm()
-    assert bool(error <= tolerance * want.double().norm() + 1e-12), f"{what}: relative error {float(error / want.double().norm()):.1e}"
 
 
 @pytest.fixture

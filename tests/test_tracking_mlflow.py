@@ -88,7 +88,7 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
         assert stdout is not None
         assert stdout.readline() == "logged\n"
         os.kill(processes[name].pid, number)  # at once: the sender is still importing MLflow
-    errors = {name: process.communicate(timeout=120)[1] for name, process in processes.items()}
+    errors = {name: process.communicate(timeout=300)[1] for name, process in processes.items()}
     assert {name: process.returncode for name, process in processes.items()} == {
         "normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9,
     }, errors  # fmt: skip

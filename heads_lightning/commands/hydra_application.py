@@ -94,6 +94,7 @@ def _job(command: str, tree: DictConfig) -> Any:
 def main(command: str, arguments: Sequence[str]) -> None:
     """`heads-lightning COMMAND ARGUMENTS` through Hydra."""
     prepare_store()
+    arguments = overrides_last(arguments)
     flags, overrides = split(arguments)
     with explained(overrides, flags.config_dir):
         if not (flags.shell_completion or flags.hydra_help):
@@ -102,10 +103,33 @@ def main(command: str, arguments: Sequence[str]) -> None:
             check_first(flags, overrides)
         application = hydra.main(config_path=str(conf_dir()), config_name=PRIMARY, **version_base())(TASKS[command])
         try:
-            with hydra_process(arguments):
+            with hydra_process(arguments), _sweep_closed(command):
                 application()
         except Refused as refused:
             raise refused.error from refused
+
+
+@contextmanager
+def _sweep_closed(command: str) -> Iterator[None]:
+    """Tell the command how its sweep ended (only `train` keeps a record of one)."""
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        module = sys.modules.get(f"heads_lightning.commands.{command}")
+        if command == "train" and module is not None:
+            module.close_sweep(error)
+
+
+def overrides_last(arguments: Sequence[str]) -> list[str]:
+    """Flags first: Hydra's parser takes overrides in one run, and users write them on both sides of a flag."""
+    is_override = [not argument.startswith("-") and "=" in argument for argument in arguments]
+    return [a for a, last in zip(arguments, is_override, strict=True) if not last] + [
+        a for a, last in zip(arguments, is_override, strict=True) if last
+    ]
 
 
 def split(arguments: Sequence[str]) -> tuple[Any, list[str]]:

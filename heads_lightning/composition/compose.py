@@ -31,21 +31,24 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 
 def compose_tree(overrides: Sequence[str] = (), *, config_dir: str | Path | None = None, config_name: str = "train") -> DictConfig:
     """The composed tree before it becomes an ExperimentConfig: interpolations are not resolved, parts are not checked together."""
-    with initialized(config_dir), explained(overrides, config_dir):
+    # Hydra looks for the primary file before it reads the search path
+    own = config_dir if config_dir is not None and (Path(config_dir) / f"{config_name}.yaml").is_file() else None
+    with initialized(config_dir, primary=own), explained(overrides, config_dir):
         check_overrides(overrides, config_dir)
-        return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir)])
+        return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir if own is None else conf_dir())])
 
 
 @contextmanager
-def initialized(config_dir: str | Path | None = None) -> Iterator[None]:
-    """Hydra made ready for composing; inside a running Hydra application its state comes back afterwards."""
+def initialized(config_dir: str | Path | None = None, *, primary: str | Path | None = None) -> Iterator[None]:
+    """Hydra made ready for composing from `primary` (the shipped folder when left out); inside a running Hydra application its state
+    comes back afterwards."""
     prepare_store()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder that can be read")
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with hydra.initialize_config_dir(str(conf_dir()), job_name="heads_lightning", **version_base()):
+        with hydra.initialize_config_dir(str(Path(primary or conf_dir()).resolve()), job_name="heads_lightning", **version_base()):
             yield
     finally:
         GlobalHydra.instance().hydra = running

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -25,13 +26,14 @@ def resumed_config(run_dir: Path, reference: str, overrides: Sequence[str]) -> E
     saved = run_dir / CONFIG_FILE
     if not saved.is_file():
         raise ConfigError(f"resume={reference}: {run_dir} holds no {CONFIG_FILE}, so it is not a run folder")
-    tree = OmegaConf.create(plain(from_yaml(saved)))
+    parts = plain(from_yaml(saved))
+    tree: Any = OmegaConf.create(parts)
     for override in parse(list(overrides)):
         key = override.get_key_element()
         if key == "resume" or key.startswith("hydra"):
             continue
         if key in Registry.groups or key == "experiment":
-            kept = tree.get(key, {}).get("name", "its own")
+            kept = parts[key]["name"] if key in parts else "its own"
             raise ConfigError(f"resume={reference} goes on with {key}={kept}; leave out {key}=…, or start a new run")
         OmegaConf.update(tree, key, override.value(), merge=True)
     tree.resume = reference

@@ -99,10 +99,10 @@ class FilesConfig(DataConfig):
 @data_sources.register("repeat")
 @dataclass
 class RepeatConfig(DataConfig):
-    """Synthetic documents whose second half repeats the first: the middle of the first half is known from the suffix alone.
+    """Synthetic documents of three lines of random letters, the third a copy of the second, which its suffix alone therefore tells.
 
-    Left to right it can only be guessed, so it proves a fill-in-the-middle pipeline end to end in seconds: a lost suffix, a truncated
-    middle or a shifted label fails it.
+    Left to right the second line can only be guessed, so it proves a fill-in-the-middle pipeline end to end in seconds: a lost suffix,
+    a truncated middle or a shifted label fails it.
     """
 
     name: str = "repeat"
@@ -110,8 +110,8 @@ class RepeatConfig(DataConfig):
     """Positions of a training sequence, sentinels included."""
     num_documents: int = 20000
     """Documents to generate."""
-    word_length: int = 8
-    """Letters of the half that is repeated; no letter occurs twice in it."""
+    word_length: int = 6
+    """Letters of a line; no letter occurs twice in it."""
     seed: int = 0
     """Seed of the letters (not of training)."""
     drop_duplicates: bool = False

@@ -48,6 +48,8 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv 1711.05101), PyTorch's fused version where it exists."""
 
     name: str = "adamw"
+    learning_rate: float = 2e-3
+    """Peak rate; the schedule multiplies it."""
 
     def build(self, kinds: dict[str, list[Any]]) -> Any:
         from heads_lightning.training.optimizers import adamw
@@ -61,7 +63,7 @@ class MuonConfig(OptimizerConfig):
     """Muon (PyTorch's own) for the matrices of the blocks; AdamW for embeddings, head, norms, biases and scales."""
 
     name: str = "muon"
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     """Peak rate of both parts: Muon's updates are scaled to AdamW's size (`match_rms_adamw`)."""
     momentum: float = 0.95
     """Momentum of Muon's part."""

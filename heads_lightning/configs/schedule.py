@@ -69,7 +69,7 @@ class WSDConfig(ScheduleConfig):
     """Warm-up, stable, then a linear decay (arXiv 2404.06395)."""
 
     name: str = "wsd"
-    decay_fraction: float = 0.2
+    decay_fraction: float = 0.4
     """Share of the steps after the warm-up over which the rate falls."""
     final_fraction: float = 0.0
     """Factor at the end."""

@@ -223,9 +223,7 @@ class TokenDataModule(lightning.LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
-        self._loader = TrainLoader(
-            batches, total_steps=self.total_steps, first_step=self._next_step, prefetch=self._prefetch
-        )
+        self._loader = TrainLoader(batches, total_steps=self.total_steps, first_step=self._next_step, prefetch=self._prefetch)
         return self._loader
 
     def val_dataloader(self) -> ValidationLoader:

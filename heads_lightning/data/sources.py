@@ -144,7 +144,7 @@ class Files(Source):
 
 
 class Repeat(Source):
-    """Synthetic documents `word|word`: see the config for what they prove.
+    """Synthetic documents of three lines, the last two the same: see the config for what they prove.
 
     Args:
         config: how many, how long, and their seed.
@@ -157,7 +157,7 @@ class Repeat(Source):
 
     def fingerprint(self) -> str:
         c = self._config
-        return hashlib.sha256(json.dumps([c.num_documents, c.word_length, c.seed]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(["three lines", c.num_documents, c.word_length, c.seed]).encode()).hexdigest()
 
     def parts(self) -> list[tuple[int, int]]:
         step, end = self._DOCUMENTS_PER_PART, self._config.num_documents
@@ -166,11 +166,10 @@ class Repeat(Source):
     def read(self, part: tuple[int, int]) -> Iterator[Document]:
         first, end = part
         rng = np.random.Generator(np.random.Philox(key=[self._config.seed, first]))
-        letters = np.argsort(rng.random((end - first, 26)), axis=1)[:, : self._config.word_length]
-        words = (letters + ord("a")).astype(np.uint8)
-        for number, row in enumerate(words, start=first):
-            word = row.tobytes().decode("ascii")
-            yield Document(f"{number:08d}", f"{word}|{word}\n")
+        letters = np.argsort(rng.random((end - first, 2, 26)), axis=2)[:, :, : self._config.word_length]
+        for number, words in enumerate((letters + ord("a")).astype(np.uint8), start=first):
+            before, repeated = (word.tobytes().decode("ascii") for word in words)
+            yield Document(f"{number:08d}", f"{before}\n{repeated}\n{repeated}\n")
 
 
 # files

@@ -102,6 +102,10 @@ class LMHead(Head):
         """What happens to hidden states [..., D] before the projection; each position by itself."""
         return hidden
 
+    def tie(self, embedding: nn.Embedding) -> None:
+        """Use the weight of `embedding` as the projection, also after to_empty; heads that can, override this."""
+        raise ValueError(f"head={self.config.name} has no projection to tie")
+
     @abstractmethod
     def num_matmul_params(self) -> int:
         """Parameters that multiply every position, a tied projection included."""

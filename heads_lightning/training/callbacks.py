@@ -47,6 +47,7 @@ class MetricsCallback(Callback):
 
     Args:
         record: receives (values, step, tokens). (Not named `log`: Lightning puts its own `log` on callbacks.)
+        flush: called when numbers that somebody may be waiting for were recorded.
         every_steps: optimizer steps between points.
         waited_seconds: total seconds that the loader has kept training waiting so far.
         tokens_per_step: positions of one optimizer step, over all ranks.
@@ -56,11 +57,13 @@ class MetricsCallback(Callback):
         self,
         record: Callable[[dict[str, float], int, int], None],
         *,
+        flush: Callable[[], None] = lambda: None,
         every_steps: int,
         waited_seconds: Callable[[], float],
         tokens_per_step: int,
     ) -> None:
         self.record = record
+        self.flush = flush
         self.every_steps = every_steps
         self.waited_seconds = waited_seconds
         self.tokens_per_step = tokens_per_step
@@ -87,6 +90,7 @@ class MetricsCallback(Callback):
         step = trainer.global_step
         self.latest |= values
         self.record(values, step, step * self.tokens_per_step)
+        self.flush()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

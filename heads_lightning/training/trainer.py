@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 from heads_lightning.configs.trainer import Parallel, TrainerConfig
 from heads_lightning.training.checkpoints import AtomicCheckpointIO
@@ -32,7 +33,7 @@ def _product_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 7) -> f
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        left @ right
+        torch.mm(left, right)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -40,7 +41,7 @@ def _product_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 7) -> f
 def _strategy(config: TrainerConfig) -> Any:
     if config.parallel == Parallel.data or config.world_size > 1:
         # every parameter takes part in every loss; searching for unused ones would walk the graph each step
-        return lightning.strategies.DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
+        return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
     return "auto"
 
 
