@@ -41,12 +41,17 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
 def _attention(config: ExperimentConfig) -> Iterator[str]:
     wanted, supported = config.objective.attention, config.backbone.attention_supported()
     if wanted not in supported:
-        able = [f"backbone={name}" for name, cls in backbones.items() if wanted in cls.supports]
+        here = config.backbone.override_for(wanted)
+        able = [here] if here else [_with_field(name, cls.override_for(wanted)) for name, cls in backbones.items() if wanted in cls.supports]
         fitting = [f"objective={name}" for name, cls in objectives.items() if cls.attention in supported]
         yield (
             f"objective={config.objective.name} needs {wanted} attention, which backbone={config.backbone.name} does not give "
             f"(it gives {', '.join(sorted(supported)) or 'none'}); use {_either(able)}, or {_either(fitting)}"
         )
+
+
+def _with_field(name: str, override: str | None) -> str:
+    return f"backbone={name}" + (f" with {override}" if override else "")
 
 
 def _prediction(config: ExperimentConfig) -> Iterator[str]:
@@ -86,7 +91,7 @@ def _lengths(config: ExperimentConfig) -> Iterator[str]:
     if getattr(backbone, "position", None) == "learned" and positions is not None and positions < length:
         yield (
             f"data.sequence_length={length} is longer than backbone.max_positions={positions} learned positions; "
-            f"set backbone.max_positions={length} or backbone.position=rotary"
+            f"set backbone.max_positions={length} or backbone.position={backbone.boundless_position}"
         )
 
 
