@@ -77,6 +77,13 @@ class StateCache(Cache):
         self._segment_B, self._run_B = segments_BS[:, -1], positions_BS[:, -1] + 1
         return Course(positions_BS, segments_BS if tokens_BS.shape[1] > 1 else None, same_BS, dtype)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Row b goes on with what row rows[b] has read."""
+        for state in (state for block in self.states for state in block):
+            state.values_BXD = state.values_BXD[rows]
+        self._segment_B = None if self._segment_B is None else self._segment_B[rows]
+        self._run_B = None if self._run_B is None else self._run_B[rows]
+
     def advance(self, count: int) -> None:
         """Count positions that every block has read."""
         self._length += count
