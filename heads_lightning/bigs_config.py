@@ -69,7 +69,6 @@ class BiGSConfig(PreTrainedConfig):
             num_token_types=self.type_vocab_size,
             norm_eps=self.layer_norm_eps,
             final_norm=self.final_norm,
-            mask_padding=self.mask_padding,
             dropout=self.hidden_dropout_prob,
             init_std=self.initializer_range,
         )
@@ -92,7 +91,6 @@ class BiGSConfig(PreTrainedConfig):
             type_vocab_size=config.num_token_types,
             layer_norm_eps=config.norm_eps,
             final_norm=config.final_norm,
-            mask_padding=config.mask_padding,
             hidden_dropout_prob=config.dropout,
             initializer_range=config.init_std,
             **others,

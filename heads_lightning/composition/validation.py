@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from heads_lightning.configs.backbone import backbones
 from heads_lightning.configs.base import DType
@@ -41,8 +42,13 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
 def _attention(config: ExperimentConfig) -> Iterator[str]:
     wanted, supported = config.objective.attention, config.backbone.attention_supported()
     if wanted not in supported:
-        here = config.backbone.override_for(wanted)
-        able = [here] if here else [_with_field(name, cls.override_for(wanted)) for name, cls in backbones.items() if wanted in cls.supports]
+        able = [
+            " with ".join(filter(None, (f"backbone={name}", _overrides(cls.fields_for(wanted)))))
+            for name, cls in backbones.items()
+            if wanted in cls.supports
+        ]
+        if here := config.backbone.fields_for(wanted):
+            able = [_overrides(here)]
         fitting = [f"objective={name}" for name, cls in objectives.items() if cls.attention in supported]
         yield (
             f"objective={config.objective.name} needs {wanted} attention, which backbone={config.backbone.name} does not give "
@@ -50,8 +56,8 @@ def _attention(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
-def _with_field(name: str, override: str | None) -> str:
-    return f"backbone={name}" + (f" with {override}" if override else "")
+def _overrides(fields: dict[str, Any]) -> str:
+    return " ".join(f"backbone.{field}={value}" for field, value in fields.items())
 
 
 def _prediction(config: ExperimentConfig) -> Iterator[str]:

@@ -33,9 +33,9 @@ class BackboneConfig(Option):
         return self.supports
 
     @classmethod
-    def override_for(cls, attention: Attention) -> str | None:
-        """The override of a field that makes this option give `attention`, where one does."""
-        return None
+    def fields_for(cls, attention: Attention) -> dict[str, Any]:
+        """Fields, and their values, that make this option give `attention`; empty where none matters."""
+        return {}
 
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         """The module (heads_lightning.backbones.base.Backbone)."""
@@ -330,8 +330,6 @@ class BiGSBackboneConfig(BackboneConfig):
     """Added to the variance before the root, in every norm."""
     final_norm: bool = True
     """A norm after the last block, which a linear head needs. The published model has none: its head has a norm of its own."""
-    mask_padding: bool = True
-    """Padding is invisible. False: it is read like text, as by the published model (Hugging Face classes only; rows are padded there)."""
     dropout: float = 0.0
     """Dropout on the embedding; 0.1 in the published models."""
     init_std: float = 0.02
@@ -370,8 +368,8 @@ class BiGSBackboneConfig(BackboneConfig):
         return frozenset({Attention(self.direction.value)})
 
     @classmethod
-    def override_for(cls, attention: Attention) -> str | None:
-        return f"backbone.direction={attention}" if attention in cls.supports else None
+    def fields_for(cls, attention: Attention) -> dict[str, Any]:
+        return {"direction": Direction(attention.value)} if attention in cls.supports else {}
 
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         from heads_lightning.backbones.bigs import BiGS
