@@ -24,15 +24,15 @@ from heads_lightning.bigs_config import BiGSConfig
 
 PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
     (".LayerNorm.", ".norm."),
-    ("bigs.embeddings.word_embeddings.", "bigs.backbone.embedding."),
-    ("bigs.embeddings.position_embeddings.", "bigs.backbone.positions."),
-    ("bigs.embeddings.token_type_embeddings.", "bigs.backbone.token_types."),
-    ("bigs.embeddings.norm.", "bigs.backbone.embedding_norm."),
+    ("embeddings.word_embeddings.", "backbone.embedding."),
+    ("embeddings.position_embeddings.", "backbone.positions."),
+    ("embeddings.token_type_embeddings.", "backbone.token_types."),
+    ("embeddings.norm.", "backbone.embedding_norm."),
     ("cls.predictions.transform.dense.", "cls.dense."),
     ("cls.predictions.transform.norm.", "cls.norm."),
     ("cls.predictions.decoder.weight", "cls.decoder.weight"),
     ("cls.predictions.bias", "cls.decoder.bias"),
-    ("bigs.encoder.layer.", "bigs.backbone.blocks."),
+    ("encoder.layer.", "backbone.blocks."),
     (".fs4.kernel.", ".forward_system."),
     (".fs4.D", ".forward_system.D"),
     (".bs4.kernel.", ".backward_system."),
@@ -46,7 +46,7 @@ PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
     (".do.", ".output."),
 )
 """Parts of names in published PyTorch checkpoints and here, replaced in this order; back, in the opposite order."""
-UNUSED = (r"^bigs\.pooler\.", r"position_ids$", r"^cls\.predictions\.decoder\.bias$")
+UNUSED = (r"(^|\.)pooler\.", r"position_ids$", r"^cls\.predictions\.decoder\.bias$")
 """Published tensors that are not needed: a pooler that was never trained, a buffer, and a second name of the bias."""
 
 

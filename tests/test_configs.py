@@ -39,7 +39,7 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            chosen["objective"] = next(n for n, c in objectives.items() if c.attention in cls.supports)
+            chosen["objective"] = next(n for n, c in objectives.items() if c.attention in cls().attention_supported())
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 
