@@ -29,10 +29,8 @@ from heads_lightning.registry import RunError
 
 LEAST_DECAY = 1e-4
 """Re A is at most minus this: the published models clamp it there."""
-FFT_UP_TO = 2048
-"""Positions up to which `auto` takes the Fourier transform for rows of one document (experiments/benchmarks/bigs.py)."""
-WHOLE_UP_TO = 512
-"""Positions up to which the chunked form is one chunk: a plain Toeplitz product."""
+WHOLE_UP_TO = 256
+"""Positions up to which the chunked form is one chunk: a plain Toeplitz product. Measured on CPU (experiments/benchmarks/bigs.py)."""
 CHUNK = 128
 """Positions of a chunk beyond that: about as many as the state has real numbers."""
 
@@ -163,9 +161,13 @@ class S4D(nn.Module):
 
 
 def convolve(u_BSD: Tensor, system: System, *, form: Convolution, segments_BS: Tensor | None, reverse: bool) -> Tensor:
-    """Causal convolution with the kernel, or with time reversed; [B, S, D] in the input's type, without the term D u."""
+    """Causal convolution with the kernel, or with time reversed; [B, S, D] in the input's type, without the term D u.
+
+    `auto` takes the Fourier transform wherever a row is one document: as fast as a matrix product at 128 positions, and 1.7 to 2.4 times as
+    fast as the best form of one from 512 to 4096 (CPU, experiments/benchmarks/bigs.py). On packed rows there is no choice.
+    """
     size = u_BSD.shape[1]
-    if segments_BS is None and (form == Convolution.fft or (form == Convolution.auto and size <= FFT_UP_TO)):
+    if segments_BS is None and form != Convolution.chunked:
         return fft_convolution(u_BSD, system.kernel(size).to(u_BSD.dtype), reverse)
     if size <= WHOLE_UP_TO:
         return toeplitz_convolution(u_BSD, system, segments_BS=segments_BS, reverse=reverse)
@@ -245,49 +247,55 @@ def fast_size(least: int) -> int:
 
 def fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
     """By Fourier transforms of twice the length, so that nothing wraps around. fp32 or fp64."""
-    return _fft_convolution(u_BSD, kernel_S, reverse)
+    return _fft_convolution(u_BSD, kernel_S, reverse)[0]
 
 
-# An operator of its own: torch.compile then sees no complex tensor, for which it has no code, and the backward pass keeps u alone.
+# Operators of their own: torch.compile then sees no complex tensor, for which it has no code. Transforms run along contiguous memory, and
+# that of the input is kept for the backward pass: half the time of transforms over the middle dimension (experiments/benchmarks/bigs.py).
+# G: frequencies.
+
+
 @torch.library.custom_op("heads_lightning::fft_convolution", mutates_args=())
-def _fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
-    size = fast_size(2 * u_BSD.shape[1])
-    kernel_f = torch.fft.rfft(kernel_S, n=size)
-    u_f = torch.fft.rfft(u_BSD, n=size, dim=1)
-    u_f *= (kernel_f.conj() if reverse else kernel_f)[:, None]
-    return torch.fft.irfft(u_f, n=size, dim=1)[:, : u_BSD.shape[1]].contiguous()
+def _fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """y [B, S, D], and the transform of the input as reals [B, D, G, 2]."""
+    length = u_BSD.shape[1]
+    size = fast_size(2 * length)
+    kernel_G = torch.fft.rfft(kernel_S, n=size)
+    u_BDG = torch.fft.rfft(u_BSD.transpose(1, 2).contiguous(), n=size)
+    y_BDS = torch.fft.irfft(u_BDG * (kernel_G.conj() if reverse else kernel_G), n=size)[..., :length]
+    return y_BDS.transpose(1, 2).contiguous(), torch.view_as_real(u_BDG)
 
 
 @_fft_convolution.register_fake
-def _(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
-    return torch.empty_like(u_BSD)
+def _(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    rows, length, width = u_BSD.shape
+    return torch.empty_like(u_BSD), u_BSD.new_empty(rows, width, fast_size(2 * length) // 2 + 1, 2)
 
 
 @torch.library.custom_op("heads_lightning::fft_convolution_backward", mutates_args=())
-def _fft_convolution_backward(grad_BSD: Tensor, u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    length = u_BSD.shape[1]
+def _fft_convolution_backward(grad_BSD: Tensor, u_BDG2: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of input and kernel: a correlation where the forward pass convolves, and the other way round."""
+    length = grad_BSD.shape[1]
     size = fast_size(2 * length)
-    kernel_f = torch.fft.rfft(kernel_S, n=size)
-    grad_f = torch.fft.rfft(grad_BSD, n=size, dim=1)
-    u_f = torch.fft.rfft(u_BSD, n=size, dim=1)
-    pair_f = torch.einsum("bfd,bfd->f", u_f, grad_f.conj()) if reverse else torch.einsum("bfd,bfd->f", u_f.conj(), grad_f)
-    grad_f *= (kernel_f if reverse else kernel_f.conj())[:, None]
-    grad_u_BSD = torch.fft.irfft(grad_f, n=size, dim=1)[:, :length].contiguous()
-    return grad_u_BSD, torch.fft.irfft(pair_f, n=size)[:length].contiguous()
+    kernel_G = torch.fft.rfft(kernel_S, n=size)
+    grad_BDG = torch.fft.rfft(grad_BSD.transpose(1, 2).contiguous(), n=size)
+    product_G = (torch.view_as_complex(u_BDG2).conj() * grad_BDG).sum((0, 1))
+    grad_kernel_S = torch.fft.irfft(product_G.conj() if reverse else product_G, n=size)[:length]
+    grad_BDS = torch.fft.irfft(grad_BDG.mul_(kernel_G if reverse else kernel_G.conj()), n=size)[..., :length]
+    return grad_BDS.transpose(1, 2).contiguous(), grad_kernel_S.contiguous()
 
 
 @_fft_convolution_backward.register_fake
-def _(grad_BSD: Tensor, u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u_BSD), torch.empty_like(kernel_S)
+def _(grad_BSD: Tensor, u_BDG2: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_BSD), torch.empty_like(kernel_S)
 
 
 def _remember(ctx, inputs, output) -> None:  # noqa: ANN001  signature of torch.library
-    u_BSD, kernel_S, reverse = inputs
-    ctx.save_for_backward(u_BSD, kernel_S)
-    ctx.reverse = reverse
+    ctx.save_for_backward(output[1], inputs[1])
+    ctx.reverse = inputs[2]
 
 
-def _differentiate(ctx, grad_BSD: Tensor):  # noqa: ANN001  signature of torch.library
+def _differentiate(ctx, grad_BSD: Tensor, _: Tensor | None):  # noqa: ANN001  signature of torch.library
     return *_fft_convolution_backward(grad_BSD.contiguous(), *ctx.saved_tensors, ctx.reverse), None
 
 
