@@ -475,8 +475,9 @@ def test_compiled_equals_eager(variant: str) -> None:
 
 def test_traces_without_graph_breaks_and_once_for_any_count_of_targets(variant: str) -> None:
     torch._dynamo.reset()
-    model, one = build(variant, torch.float32), batch(
-        tokens(2, 16), any_attention(variant), segments_BS=(torch.arange(16) // 6).expand(2, 16).int()
+    model, one = (
+        build(variant, torch.float32),
+        batch(tokens(2, 16), any_attention(variant), segments_BS=(torch.arange(16) // 6).expand(2, 16).int()),
     )
     graphs = []
 

@@ -5,6 +5,7 @@ The definition is written out here in complex arithmetic, with the flips and nam
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterator
@@ -264,10 +265,10 @@ def test_packed_documents_do_not_see_each_other(form: Convolution, size: int, re
     u = torch.randn(2, size, 3, generator=generator, dtype=torch.float64)
     borders = [0, 7, 12, size] if size < 100 else [0, 5, 128, 256, 256 + 300, 690, size]
     segments = torch.zeros(2, size, dtype=torch.int32)
-    for number, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (start, end) in enumerate(itertools.pairwise(borders)):
         segments[:, start:end] = number if number % 3 else PADDING
     y = ssm.convolve(u, system.system(), form=form, segments_BS=segments, reverse=reverse)
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in itertools.pairwise(borders):
         part = ssm.convolve(u[:, start:end], system.system(), form=Convolution.fft, segments_BS=None, reverse=reverse)
         torch.testing.assert_close(y[:, start:end], part, rtol=1e-10, atol=1e-10)
 
@@ -348,7 +349,7 @@ def test_systems_that_arrive_coarse_are_refused() -> None:
     system = S4D(4)
     system.A_re.data = system.A_re.data.bfloat16()
     system.log_step.data = system.log_step.data.bfloat16()
-    with pytest.raises(RunError, match="torch.bfloat16, in which they are another system"):
+    with pytest.raises(RunError, match=r"torch\.bfloat16, in which they are another system"):
         system.system()
 
 
@@ -382,7 +383,7 @@ def test_objectives_that_look_ahead_and_those_that_must_not() -> None:
         compose(["backbone=bigs", "backbone.direction=causal", f"objective={objective}"])
         with pytest.raises(ConfigError, match=f"objective={objective} needs causal .*use backbone.direction=causal, or objective=mlm"):
             compose(["backbone=bigs", f"objective={objective}"])
-    with pytest.raises(ConfigError, match="use backbone.direction=bidirectional"):
+    with pytest.raises(ConfigError, match=r"use backbone\.direction=bidirectional"):
         compose(["backbone=bigs", "backbone.direction=causal", "objective=mlm"])
 
 

@@ -87,7 +87,7 @@ def test_published_names_load_from_a_pickled_folder(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     torch.save(published(model), tmp_path / "pytorch_model.bin")
     loaded, info = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert {kind: set(found) for kind, found in info.items()} == dict.fromkeys(info, set())
+    assert {kind: set(found) for kind, found in info.items()} == {key: set() for key in info}
     assert torch.equal(loaded.eval()(ids()).logits, model(ids()).logits)
     assert loaded.config.model_type == "BiGS"
 

@@ -4,7 +4,7 @@
     python experiments/benchmarks/bigs.py step            ours / complex formulation at 512 and 2048 positions
     python experiments/benchmarks/bigs.py decode          tokens per second after 256 … 4096 positions, and the transformer's
 
-Variants alternate in one process; a figure is the median of the ratios of neighbouring rounds. Options: --threads N, --rounds N, --json FILE.
+Variants alternate in one process; a ratio is the median over neighbouring rounds. Options: --threads N, --rounds N, --json FILE.
 The complex formulation is the published one: one complex exponential for each mode and position, and Fourier transforms of twice the
 length of tensors with time last, all under autograd.
 """

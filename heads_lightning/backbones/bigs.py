@@ -4,8 +4,8 @@ A block is pre-norm, h ← h + Wo(gelu(We(f · b)) · v), with three branches of
 
     v = gelu(Wv x)        f = Wf' S(gelu(Wf x))        b = Wb' S̄(gelu(Wb x))
 
-S is a state-space model that runs forward, S̄ another that runs backward; each is shared by all channels. There is no attention, and the
-usual feed-forward part is inside the block. With direction=causal, b has a causal system (`dual`), none (`gate`), or is left out (`single`).
+S is a state-space model that runs forward, S̄ one that runs backward, each shared by all channels. There is no attention, and the usual
+feed-forward part is inside the block. With direction=causal, b has a causal system (`dual`), none (`gate`), or is left out (`single`).
 
 Choices: linear layers act on positions one by one, so the flips of the published code cancel and S̄ is a convolution in the other
 direction; positions of another segment are invisible, padding included, since the convolution stops at a segment's border.
@@ -24,7 +24,7 @@ from heads_lightning.backbones.base import Backbone, Cache
 from heads_lightning.backbones.layers import compute_dtype, positions_in_segments
 from heads_lightning.backbones.ssm import S4D, State
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import BiGSBackboneConfig, CausalForm, GateActivation, Position
+from heads_lightning.configs.backbone import BiGSBackboneConfig, GateActivation, Position
 from heads_lightning.registry import ConfigError
 
 GATES: dict[GateActivation, Callable[[Tensor], Tensor]] = {

@@ -1,4 +1,4 @@
-"""A diagonal state-space model (S4D, arXiv 2206.11893) that all channels share: discretisation, convolution kernel, convolution, recurrence.
+"""A diagonal state-space model (S4D, arXiv 2206.11893) that all channels share: discretisation, kernel, convolution, recurrence.
 
 The system is x' = A x + B u, y = Re(C x) + D u with diagonal complex A and B = 1, held constant over steps of dt (zero-order hold):
 
@@ -108,7 +108,7 @@ class S4D(nn.Module):
         self.C = nn.Parameter(torch.empty(modes, 2, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001  signature of torch
+    def _apply(self, fn, recurse=True):
         def keep(tensor: Tensor) -> Tensor:
             made = fn(tensor)
             return tensor.to(made.device) if made.is_floating_point() and made.dtype.itemsize < 4 else made
@@ -290,12 +290,12 @@ def _(grad_BSD: Tensor, u_BDG2: Tensor, kernel_S: Tensor, reverse: bool) -> tupl
     return torch.empty_like(grad_BSD), torch.empty_like(kernel_S)
 
 
-def _remember(ctx, inputs, output) -> None:  # noqa: ANN001  signature of torch.library
+def _remember(ctx, inputs, output) -> None:
     ctx.save_for_backward(output[1], inputs[1])
     ctx.reverse = inputs[2]
 
 
-def _differentiate(ctx, grad_BSD: Tensor, _: Tensor | None):  # noqa: ANN001  signature of torch.library
+def _differentiate(ctx, grad_BSD: Tensor, _: Tensor | None):
     return *_fft_convolution_backward(grad_BSD.contiguous(), *ctx.saved_tensors, ctx.reverse), None
 
 

@@ -21,7 +21,7 @@ class OptimizerConfig(Option):
     weight_decay: float = 0.1
     """Decoupled decay of matrices, per step and unit of learning rate."""
     dynamics_rate: float = 0.1
-    """Share of learning_rate for the parameters of a recurrence (state-space models: A, dt, C, D), which are never decayed. Others: no effect."""
+    """Share of learning_rate for the parameters of a recurrence (state-space models: A, dt, C, D), which are never decayed."""
     max_grad_norm: float | None = 1.0
     """Clip the norm of the whole gradient to this. None: no clipping."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

@@ -47,9 +47,7 @@ def build_optimizer(config: OptimizerConfig, backbone: Backbone, head: Head) -> 
     return optimizer
 
 
-def _groups(
-    config: OptimizerConfig, kinds: dict[str, list[nn.Parameter]], decayed: Iterable[nn.Parameter]
-) -> list[dict[str, Any]]:
+def _groups(config: OptimizerConfig, kinds: dict[str, list[nn.Parameter]], decayed: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """AdamW's groups: what is decayed, the rest, the parameters of a recurrence; none is empty."""
     made: list[dict[str, Any]] = [
         {"params": list(decayed), "weight_decay": config.weight_decay},
