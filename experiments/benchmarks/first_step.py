@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/first_step.py [ROUNDS]
 
-A process of its own each time, of a tiny model, until the first line of its metrics.jsonl. The ratio is to a process that only imports torch
-and Lightning: what any program built on them pays before its first line runs. Target: at most 7 s on a quiet machine.
+A process of its own each time, of a tiny model, until the first line of its metrics.jsonl. The ratio is to a process that only imports
+torch and Lightning: what any program built on them pays before its first line runs. Target: at most 7 s on a quiet machine.
 """
 
 import os
