@@ -61,7 +61,7 @@ class _AfterImport(MetaPathFinder):
                 execute(module)
                 _try(TABLES[fullname])
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
 
