@@ -55,9 +55,9 @@ class BiGSPreTrainedModel(PreTrainedModel):
 
     config_class = BiGSConfig
     base_model_prefix = "bigs"
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
-    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"forward_system", "backward_system"}
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = list(UNUSED)
+    _no_split_modules: ClassVar[list[str]] = ["Block"]  # pyright: ignore[reportIncompatibleVariableOverride]
+    _keep_in_fp32_modules_strict: ClassVar[set[str]] = {"forward_system", "backward_system"}  # pyright: ignore[reportIncompatibleVariableOverride]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = list(UNUSED)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -79,8 +79,9 @@ class BiGSModel(BiGSPreTrainedModel):
         """The token embedding."""
         return self.backbone.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the token embedding."""
+        assert isinstance(value, nn.Embedding)
         self.backbone.embedding = value
 
     def forward(
@@ -171,7 +172,9 @@ class PredictionHead(nn.Module):
 class BiGSWithHead(BiGSPreTrainedModel):
     """A BiGSModel and the prediction head."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"cls.decoder.weight": "bigs.backbone.embedding.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        "cls.decoder.weight": "bigs.backbone.embedding.weight"
+    }
     direction: ClassVar[str]
 
     def __init__(self, config: BiGSConfig) -> None:
