@@ -29,9 +29,9 @@ def check_backbone(config: BackboneConfig, *, vocab_size: int = 61) -> None:
     assert list(model.embedding.weight.shape) == [vocab_size, config.d_model], "the embedding is not [V, D]"
     assert (model.d_model, model.supports) == (config.d_model, type(config).supports), "module and config disagree on d_model or supports"
     for attention in supported:
-        _check_sight(model, attention)
+        check_sight(model, attention)
     for attention in supported:
-        _check_packing_and_padding(model, attention)
+        check_isolation(model, attention)
     if reads_on := {Attention.causal, Attention.prefix} & set(supported):
         _check_cache(model, min(reads_on))
     _check_backbone_training(config, supported[0], vocab_size)
@@ -66,7 +66,7 @@ def changed_at(model: nn.Module, one: Batch, other: Batch) -> Tensor:
         return (model(one) - model(other)).abs().amax(dim=(0, 2))
 
 
-def _check_sight(model: nn.Module, attention: Attention) -> None:
+def check_sight(model: nn.Module, attention: Attention) -> None:
     one, prefix = draw_tokens(2, 24), (torch.arange(24) < 10).expand(2, 24)
     for at in (0, 9, 10, 23):
         other = one.clone()
@@ -79,7 +79,7 @@ def _check_sight(model: nn.Module, attention: Attention) -> None:
             assert change[seer] > SEEN, f"attention={attention}: position {seer} does not see position {at}, which it should"
 
 
-def _check_packing_and_padding(model: nn.Module, attention: Attention) -> None:
+def check_isolation(model: nn.Module, attention: Attention) -> None:
     one, what = draw_tokens(2, 24), f"attention={attention}"
     prefix = torch.zeros(2, 24, dtype=torch.bool)
     prefix[:, :3] = prefix[:, 7:12] = True
