@@ -64,8 +64,8 @@ COMMANDS: dict[str, Command] = {
         "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
     "compare": Command("compare:main", "runs side by side", "RUN RUN …", (
         "compare runs/a runs/b", "compare runs/* --json")),
-    "runs": Command("runs:main", "runs in the run folder", "[run_root=FOLDER]", (
-        "runs", "runs run_root=elsewhere")),
+    "runs": Command("runs:main", "runs in the run folder; --reap closes those whose process is gone", "[run_root=FOLDER] [--reap] [--json]", (
+        "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from heads_lightning.composition import compose, machine_problems, to_experiment
 from heads_lightning.composition.mistakes import check_overrides, explained, nearest_flag, parse
-from heads_lightning.composition.store import conf_dir, prepare_store, version_base
+from heads_lightning.composition.store import SWEEPERS, conf_dir, prepare_store, version_base
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps.grid import grid
 
@@ -136,12 +136,16 @@ def sweep_arguments(arguments: list[str]) -> list[str]:
         if alone is not None:
             raise ConfigError(f"`{alone}` is for a sweep, and this is one run; add -m, or leave it out")
         return arguments
-    return arguments if "hydra/sweeper" in given else [*arguments, "hydra/sweeper=grid"]
+    if "hydra/sweeper" not in given:
+        return [*arguments, "hydra/sweeper=grid"]
+    sweeper = str(given["hydra/sweeper"].value())
+    if sweeper not in SWEEPERS:
+        raise ConfigError(f"hydra/sweeper={sweeper} would train cells in one process, with settings of their own on every rank; "
+                          f"use hydra/sweeper={' or '.join(SWEEPERS)}")  # fmt: skip
+    return arguments
 
 
-def _resumed_sweep(
-    flags: Any, arguments: list[str], overrides: list[str], given: dict[str, Any], folder: Path
-) -> list[str]:
+def _resumed_sweep(flags: Any, arguments: list[str], overrides: list[str], given: dict[str, Any], folder: Path) -> list[str]:
     """A sweep's own command again, with what is given now on top. New overrides (not of sweep. or hydra) replace its cells."""
     from heads_lightning.sweeps import settings
 

@@ -154,7 +154,9 @@ def parallel(comparison: Comparison) -> "Figure":
     names = [*comparison.keys, comparison.metric]
     scales = [_Scale([row.varied.get(key, "") for row in rows]) for key in comparison.keys] + [_Scale([f"{row.value!r}" for row in rows])]
     for row in rows:
-        heights = [scale(text) for scale, text in zip(scales, [*(row.varied.get(k, "") for k in comparison.keys), f"{row.value!r}"], strict=True)]
+        heights = [
+            scale(text) for scale, text in zip(scales, [*(row.varied.get(k, "") for k in comparison.keys), f"{row.value!r}"], strict=True)
+        ]
         axes.plot(range(len(names)), heights, color=colormaps["viridis"](heights[-1]), alpha=0.8)
     for i, scale in enumerate(scales):
         scale.draw(axes, i)

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from heads_lightning.sweeps import settings
 from heads_lightning.training.process import is_first_rank
+from heads_lightning.training.run_logger import RunLogger
 
 if TYPE_CHECKING:
     import optuna
@@ -66,6 +67,9 @@ class PruningCallback(Callback):
         if trainer.world_size > 1:
             prune = trainer.strategy.reduce_boolean_decision(prune, all=False)
         if prune:
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.log.set_tags({"pruned": f"after step {step}: {self._metric} {value:.6g}"})
             raise Pruned(step, self._metric, value)
 
     def _judged(self, step: int, value: float) -> bool:

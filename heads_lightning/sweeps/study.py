@@ -131,7 +131,9 @@ def _distribution(override: Override) -> BaseDistribution:
         if whole:
             return IntDistribution(int(values[0]), int(values[-1]), step=int(sweep.step))
         return FloatDistribution(values[0], values[-1], step=float(sweep.step))
-    raise ConfigError(f"`{text}` cannot be searched; use A,B,C or interval(LOW, HIGH) or tag(log, interval(LOW, HIGH)) or range(LOW, HIGH, STEP)")
+    raise ConfigError(
+        f"`{text}` cannot be searched; use A,B,C or interval(LOW, HIGH) or tag(log, interval(LOW, HIGH)) or range(LOW, HIGH, STEP)"
+    )
 
 
 def ask(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> tuple[optuna.Trial, list[str]]:

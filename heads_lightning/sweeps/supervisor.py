@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,14 +21,11 @@ from heads_lightning.sweeps.cell import CLAIMED, PROGRAM
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus
 from heads_lightning.sweeps.warm import WarmParent
-from heads_lightning.training.process import is_first_rank
+from heads_lightning.training.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
 
 LOG = "cell.log"
 STOP_FILE = ".stop"
 """In a sweep's folder: start no further cell."""
-PASSED_ON = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
-REQUEUE = ("SIGUSR1", "SIGUSR2")
-"""Signals by which a scheduler announces that the job will be stopped and started again."""
 
 
 def run_cell(sweep_dir: Path, identity: str, *, warm: bool, fail_fast: bool) -> None:
@@ -146,16 +143,12 @@ def _signals_passed_on(process: FreshProcess | ForkedProcess) -> Iterator[list[t
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append((number, previous[number]))
-        try:
+        with suppress(ProcessLookupError):  # it has ended already
             os.kill(process.pid, number)
-        except ProcessLookupError:
-            pass  # it has ended already
 
     try:
-        for name in PASSED_ON:
-            number = getattr(signal, name, None)
-            if number is not None:
-                previous[number] = signal.signal(number, pass_on)
+        for number in STOP_SIGNALS:
+            previous[number] = signal.signal(number, pass_on)
     except ValueError:  # not the main thread: whoever owns it handles signals
         pass
     try:
@@ -168,7 +161,7 @@ def _signals_passed_on(process: FreshProcess | ForkedProcess) -> Iterator[list[t
 def _obey(received: tuple[int, Any]) -> None:
     """Do what the signal asked for, now that the cell has saved: the handler of a launcher requeues its job."""
     number, handler = received
-    if signal.Signals(number).name in REQUEUE and callable(handler):
+    if number in REQUEUE_SIGNALS and callable(handler):
         if is_first_rank():
             handler(number, None)
         else:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from heads_lightning.composition import config_hash, machine_problems, to_experiment, to_yaml
+from heads_lightning.composition.mistakes import explained
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.sweep import SweepConfig
 from heads_lightning.registry import ConfigError, RunError
@@ -101,7 +102,8 @@ class Sweep(ABC):
         Raises:
             ConfigError: it cannot work.
         """
-        tree, folder = self._compose(overrides)
+        with explained(overrides):
+            tree, folder = self._compose(overrides)
         config = replace(to_experiment(tree, overrides), sweep=SweepConfig(), resume=None)
         for problem in machine_problems(config) if self._launcher not in REMOTE else []:
             raise ConfigError(f"{' '.join(overrides)}: {problem}")
@@ -182,8 +184,9 @@ class GridSweep(Sweep):
         for cell in kept:
             other = seen.setdefault(cell.hash, cell)
             if other is not cell:
+                one, two = (" ".join(self._label(same.overrides)) for same in (other, cell))
                 raise ConfigError(
-                    f"two cells are the same experiment: {' '.join(self._label(other.overrides))} and {' '.join(self._label(cell.overrides))}; "
+                    f"two cells are the same experiment: {one} and {two}; "
                     f"what only says where a run goes (name, run_root, tracking, …) makes no other cell"
                 )
         self._kept = kept

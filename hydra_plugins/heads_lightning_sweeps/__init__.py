@@ -23,9 +23,7 @@ class HeadsSweeper(Sweeper):
         self.config = config
         self.hydra_context = hydra_context
         _fix_folder(config)
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
         from heads_lightning.sweeps import hydra_side
