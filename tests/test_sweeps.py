@@ -219,12 +219,12 @@ def test_a_failing_cell_is_told_and_the_others_go_on(failing: tuple) -> None:
     assert done.returncode == 1
     assert states(folder) == ["done", "failed", "done"]
     assert "cell 1 FAILED: " in done.stderr
-    assert str(folder / "1" / "cell.log") in done.stderr
+    assert str(folder / "logs" / "1.log") in done.stderr
     assert done.stderr.rstrip().splitlines()[-1].startswith(
         f"heads-lightning: 1 of 3 cells are not done (failed: 1). Go on with: heads-lightning train -m sweep.resume={folder}"
     )
     assert "Traceback" not in done.stderr
-    assert "not finite" in (folder / "1" / "cell.log").read_text()
+    assert "not finite" in (folder / "logs" / "1.log").read_text()
     assert [saved(folder, i)["optimizer"]["learning_rate"] for i in (0, 1, 2)] == [1e-3, 1e30, 1e-2]
 
 
@@ -249,6 +249,8 @@ def test_a_second_command_runs_what_is_left_and_new_cells(failing: tuple) -> Non
     kept = (folder / "0" / "metrics.jsonl").read_bytes()
     assert sweep(folder, f"sweep.resume={folder}", check=False).returncode == 1
     assert starts(folder)[len(before) :] == [before[1]]
+    assert "not finite" in list(Ledger.of(folder).entries().values())[1].reason  # as before, from the beginning
+    assert (folder / "1-attempt1" / "metrics.jsonl").is_file()
     more = [*overrides[:-1], "optimizer.learning_rate=1e-3,3e-3"]
     sweep(folder, f"sweep.resume={folder}", *more, check=False)
     assert states(folder) == ["done", "failed", "done", "done"]

@@ -25,6 +25,7 @@ from heads_lightning.composition.mistakes import check_overrides, explained, nea
 from heads_lightning.composition.store import SWEEPERS, conf_dir, prepare_store, version_base
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps.grid import grid
+from heads_lightning.training.attempts import agreed_name
 
 PROGRAM = "heads-lightning"
 PRIMARY = "train"
@@ -106,7 +107,7 @@ def main(command: str, arguments: Sequence[str]) -> None:
     prepare_store()
     arguments = overrides_last(arguments)
     if command == "train":
-        arguments = sweep_arguments(arguments)
+        arguments = _with_folder(sweep_arguments(arguments))
     flags, overrides = split(arguments)
     with explained(overrides, flags.config_dir):
         if not (flags.shell_completion or flags.hydra_help):
@@ -119,6 +120,15 @@ def main(command: str, arguments: Sequence[str]) -> None:
                 application()
         except Refused as refused:
             raise refused.error from refused
+
+
+def _with_folder(arguments: list[str]) -> list[str]:
+    """The arguments with the run's folder in them, where several processes were started together and must agree on it."""
+    flags, overrides = split(arguments)
+    if flags.multirun or any(override.startswith(("hydra.run.dir=", "resume=")) for override in overrides):
+        return arguments
+    name = agreed_name(os.environ)
+    return arguments if name is None else [*arguments, f"hydra.run.dir=${{run_root}}/${{name}}/{name}"]
 
 
 def sweep_arguments(arguments: list[str]) -> list[str]:

@@ -1,15 +1,22 @@
 """Train: build everything that a configuration describes, run it, report."""
 
+import os
 import sys
 from pathlib import Path
 
 from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.training.attempts import continued, is_restart, requeue, set_aside
+from heads_lightning.training.process import REQUEUE_SIGNALS, is_first_rank
 
 
 def run(config: ExperimentConfig, run_dir: Path) -> float | None:
     """Train `config` in the folder `run_dir`. Returns the final validation loss."""
     if config.resume is not None:
         config, run_dir = _resumed(config)
+    elif is_restart(os.environ):
+        if is_first_rank():
+            set_aside(run_dir)
+        config = continued(config, run_dir)
     from heads_lightning.run import train
     from heads_lightning.training.callbacks import Interrupted
 
@@ -17,6 +24,8 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
         return train(config, run_dir).metrics.get("val/loss")
     except Interrupted as stop:
         print(f"heads-lightning: {stop}\n  go on with: heads-lightning train resume={run_dir}", file=sys.stderr)
+        if stop.signal_number in REQUEUE_SIGNALS and is_first_rank():
+            requeue(os.environ)
         raise
 
 

@@ -2,7 +2,8 @@
 
     sweep.json       command line and settings          ledger.jsonl     what happened to every cell, in order
     cells/HASH.yaml  the resolved config of a cell      0/ 1/ 2/ …       run folders, one for each cell
-    summary.txt      the ranked table                   artifacts/       pictures and table of the comparison
+    logs/N.log       what a cell printed                artifacts/       pictures and table of the comparison
+    summary.txt      the ranked table
 
 A cell is known by the hash of its resolved config without what only says where it runs, so the same experiment is the same cell in
 every command that goes on with the sweep. Nothing here imports torch before a cell does.

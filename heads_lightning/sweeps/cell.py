@@ -5,7 +5,9 @@ again. So every rank of the cell, whether Lightning, torchrun or srun starts it 
 the same place. The first rank holds the claim and writes the ledger.
 """
 
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,6 +19,7 @@ from heads_lightning.composition.saved import from_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, RunError
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
+from heads_lightning.training.attempts import continued, set_aside
 from heads_lightning.training.process import is_first_rank, status_of
 
 CLAIMED = 75
@@ -27,7 +30,8 @@ PROGRAM = "heads_lightning.sweeps.cell"
 def main(arguments: list[str]) -> int:
     """Run the cell; returns the exit code."""
     sweep_dir, identity = Path(arguments[0]), arguments[1]
-    _end_with_parent()
+    if not os.environ.get("LOCAL_RANK"):  # a rank that Lightning started is ended by Lightning
+        end_with_parent(signal.SIGTERM)
     ledger = Ledger.of(sweep_dir)
     if not is_first_rank():
         return _report(lambda: _train(ledger, ledger[identity]))[0]
@@ -41,6 +45,7 @@ def main(arguments: list[str]) -> int:
 def _run(ledger: Ledger, entry: Entry) -> int:
     """Train and write what became of it."""
     began = time.monotonic()
+    set_aside(ledger.sweep_dir / entry.folder)
     ledger.record(entry.hash, State.running)
     metrics: dict[str, float] = {}
 
@@ -82,12 +87,10 @@ def _report(action: Any) -> tuple[int, str, State]:
 def _train(ledger: Ledger, entry: Entry) -> dict[str, float]:
     """Train in the cell's folder, from its newest checkpoint where it has one; returns the last value of every metric."""
     from heads_lightning.run import train
-    from heads_lightning.training.checkpoints import FOLDER, saved_checkpoints
 
-    config = from_yaml(ledger.config_file(entry.hash))
     run_dir = ledger.sweep_dir / entry.folder
-    saved = saved_checkpoints(run_dir / FOLDER)
-    config = replace(config, name=f"{config.name}-{entry.number}", resume=str(saved[-1]) if saved else None)
+    config = continued(from_yaml(ledger.config_file(entry.hash)), run_dir)
+    config = replace(config, name=f"{config.name}-{entry.number}")
     result = train(config, run_dir, parent=str(ledger.sweep_dir), callbacks=_callbacks(ledger, entry, config))
     return result.metrics | (result.report.metrics() if result.report else {})
 
@@ -101,15 +104,11 @@ def _callbacks(ledger: Ledger, entry: Entry, config: ExperimentConfig) -> list[A
     return pruning(ledger.sweep_dir, entry.trial)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel ask this process to stop when the one that supervises it dies (`kill -9` of a sweep leaves nothing running)."""
-    if sys.platform != "linux" or os.environ.get("LOCAL_RANK"):
-        return
-    import ctypes
-    import signal
-
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGTERM))
+def end_with_parent(number: int) -> None:
+    """Have the kernel send this signal when the process that started this one dies: `kill -9` of a sweep leaves nothing running."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(number))
 
 
 if __name__ == "__main__":

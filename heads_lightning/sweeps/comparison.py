@@ -88,7 +88,7 @@ def summary(sweep_dir: Path) -> str:
     for row in comparison.rows:
         if row.entry.reason:
             lines.append(f"cell {row.entry.number} {row.entry.state}: {row.entry.reason}")
-            lines.append(f"    log: {sweep_dir / row.entry.folder / 'cell.log'}")
+            lines.append(f"    log: {Ledger(sweep_dir).log_file(row.entry)}")
     counts = {state: sum(row.entry.state == state for row in comparison.rows) for state in State}
     lines.append(f"{sweep_dir}: " + ", ".join(f"{count} {state}" for state, count in counts.items() if count))
     text = "\n".join(lines)

@@ -20,6 +20,7 @@ from heads_lightning.training.run_folder import JsonLines, read_records
 
 FILE = "ledger.jsonl"
 CELLS = "cells"
+LOGS = "logs"
 
 
 class State(StrEnum):
@@ -118,6 +119,10 @@ class Ledger:
                 lines.append({"cell": identity, **facts, "trial": trial, "time": round(time.time(), 3)})
                 known[identity] = Entry(identity, number, facts["folder"], tuple(overrides), trial)
         return [known[identity] for identity, *_ in cells]
+
+    def log_file(self, entry: Entry) -> Path:
+        """What the processes of a cell printed, one after the other."""
+        return self.sweep_dir / LOGS / f"{entry.folder.replace('/', '_')}.log"
 
     def _check_folder(self, folder: str, known: dict[str, Entry]) -> None:
         taken = next((entry for entry in known.values() if entry.folder == folder), None)

@@ -23,7 +23,6 @@ from heads_lightning.sweeps.slots import own_gpus
 from heads_lightning.sweeps.warm import WarmParent
 from heads_lightning.training.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
 
-LOG = "cell.log"
 STOP_FILE = ".stop"
 """In a sweep's folder: start no further cell."""
 
@@ -38,7 +37,7 @@ def run_cell(sweep_dir: Path, identity: str, *, warm: bool, fail_fast: bool) -> 
     entry = ledger[identity]
     if entry.state in FINISHED or (sweep_dir / STOP_FILE).exists():
         return
-    log = sweep_dir / entry.folder / LOG
+    log = ledger.log_file(entry)
     log.parent.mkdir(parents=True, exist_ok=True)
     _say(f"cell {entry.number} {entry.label}\n    log: {log}")
     with own_gpus(from_yaml(ledger.config_file(identity))) as own:
@@ -60,7 +59,7 @@ def _conclude(ledger: Ledger, identity: str, code: int, *, fail_fast: bool) -> N
         entry = ledger[identity]
     _say(outcome_line(entry))
     if entry.state == State.failed:
-        _say(f"    log: {ledger.sweep_dir / entry.folder / LOG}")
+        _say(f"    log: {ledger.log_file(entry)}")
         if fail_fast:
             (ledger.sweep_dir / STOP_FILE).touch()
 

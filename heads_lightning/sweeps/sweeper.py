@@ -114,7 +114,8 @@ class Sweep(ABC):
         return self.ledger.add(rows, trial=trial)
 
     def _label(self, overrides: Sequence[str]) -> list[str]:
-        return [text for text in overrides if text.partition("=")[0] in self._varied]
+        last = {text.partition("=")[0]: text for text in overrides}
+        return [text for key, text in last.items() if key in self._varied]
 
     def _job(self, entry: Entry) -> list[str]:
         """What the launcher is given: which cell, and where."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from heads_lightning.composition.validation import available_gpus
-from heads_lightning.sweeps.cell import PROGRAM, main
+from heads_lightning.sweeps.cell import PROGRAM, end_with_parent, main
 
 
 class WarmParent:
@@ -80,6 +80,7 @@ def _refusal_of_machine() -> str:
 
 def serve() -> None:
     """Import everything that training needs, then fork a cell for each request until standard input ends."""
+    end_with_parent(signal.SIGKILL)  # its cell is asked to stop by the same means
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to pass on
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print while importing is no answer
