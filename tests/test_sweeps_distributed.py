@@ -26,7 +26,7 @@ original = CheckpointCallback.on_train_start
 def on_train_start(self, trainer, module):
     original(self, trainer, module)
     group = trainer.optimizers[0].param_groups[0]
-    facts = {"rate": group["initial_lr"], "heads": module.backbone.config.num_heads, "folder": str(self.run_dir.resolve())}
+    facts = {"rate": group["peak_lr"], "folder": str(self.run_dir.resolve())}
     self.run_dir.mkdir(parents=True, exist_ok=True)
     (self.run_dir / f"rank{trainer.global_rank}of{trainer.world_size}.json").write_text(json.dumps(facts))
 
