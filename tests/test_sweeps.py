@@ -53,7 +53,9 @@ def saved(sweep_dir: Path, number: int) -> dict:
 def test_a_grid_with_keys_that_advance_together() -> None:
     cells = list(grid(["seed=1,2", "backbone.d_model=32,64", "name=x", "backbone.num_heads=2,4"], ["backbone.d_model+backbone.num_heads"]))
     assert [cell[1:] for cell in cells] == [
-        [f"seed={seed}", f"backbone.d_model={width}", f"backbone.num_heads={heads}"] for seed in (1, 2) for width, heads in ((32, 2), (64, 4))
+        [f"seed={seed}", f"backbone.d_model={width}", f"backbone.num_heads={heads}"]
+        for seed in (1, 2)
+        for width, heads in ((32, 2), (64, 4))
     ]
     assert all(cell[0] == "name=x" for cell in cells)
 
@@ -210,7 +212,13 @@ def test_which_gpus_a_cell_may_use(tiny: list[str]) -> None:
 def failing(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], list[str]]:
     """A sweep of three cells, the middle one of which fails at its first step; its folder, how it ended, and its overrides."""
     folder = tmp_path_factory.mktemp("failing")
-    overrides = [*tiny, "optimizer.max_grad_norm=null", "trainer.max_bad_steps=1", "optimizer=adamw", "optimizer.learning_rate=1e-3,1e30,1e-2"]
+    overrides = [
+        *tiny,
+        "optimizer.max_grad_norm=null",
+        "trainer.max_bad_steps=1",
+        "optimizer=adamw",
+        "optimizer.learning_rate=1e-3,1e30,1e-2",
+    ]
     return folder, sweep(folder, *overrides, check=False), overrides
 
 
@@ -220,8 +228,10 @@ def test_a_failing_cell_is_told_and_the_others_go_on(failing: tuple) -> None:
     assert states(folder) == ["done", "failed", "done"]
     assert "cell 1 FAILED: " in done.stderr
     assert str(folder / "logs" / "1.log") in done.stderr
-    assert done.stderr.rstrip().splitlines()[-1].startswith(
-        f"heads-lightning: 1 of 3 cells are not done (failed: 1). Go on with: heads-lightning train -m sweep.resume={folder}"
+    assert (
+        done.stderr.rstrip()
+        .splitlines()[-1]
+        .startswith(f"heads-lightning: 1 of 3 cells are not done (failed: 1). Go on with: heads-lightning train -m sweep.resume={folder}")
     )
     assert "Traceback" not in done.stderr
     assert "not finite" in (folder / "logs" / "1.log").read_text()
@@ -334,3 +344,60 @@ def test_a_cell_is_run_from_its_resolved_config(failing: tuple) -> None:
         assert config_hash(config) == identity
         assert config_hash(from_yaml(folder / entry.folder / "config.yaml")) == identity
     assert json.loads((folder / "sweep.json").read_text())["options"]["resume"] is None
+
+
+# ------------------------------------------------------------------------------------------------- commands over folders
+
+
+def test_compare_prints_the_table_of_a_sweep(failing: tuple, capsys: pytest.CaptureFixture[str]) -> None:
+    from heads_lightning.__main__ import main
+
+    folder, _, _ = failing
+    (folder / "artifacts" / "curves.png").unlink()
+    assert main(["compare", str(folder)]) == 0
+    assert summary(folder) in capsys.readouterr().out
+    assert (folder / "artifacts" / "curves.png").is_file()
+
+
+_OPEN = """
+import os, sys, time
+from pathlib import Path
+from heads_lightning.configs.tracking import NoTrackingConfig
+from heads_lightning.training.tracking import open_run
+
+root = Path(sys.argv[1])
+log = open_run(NoTrackingConfig(), run_dir=root / sys.argv[2], run_root=root, name=sys.argv[2], config_flat={}, config_yaml="")
+log.log_metrics({"val/loss": 2.5}, step=7)
+print("open", flush=True)
+if sys.argv[2] == "finished":
+    log.finish()
+else:
+    time.sleep(60)
+"""
+
+
+def test_runs_are_listed_and_those_without_a_process_are_closed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from heads_lightning.__main__ import main
+
+    processes = {}
+    for name in ("finished", "alive", "killed"):
+        processes[name] = subprocess.Popen([sys.executable, "-c", _OPEN, str(tmp_path), name], stdout=subprocess.PIPE, text=True)
+        assert processes[name].stdout.readline() == "open\n"
+    processes["killed"].kill()
+    for name in ("finished", "killed"):
+        processes[name].wait()
+
+    def listed() -> dict[str, tuple[str, int, float]]:
+        assert main(["runs", f"run_root={tmp_path}", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return {Path(run["folder"]).name: (run["status"], run["step"], run["loss"]) for run in found}
+
+    try:
+        assert listed() == {"finished": ("FINISHED", 7, 2.5), "alive": ("RUNNING", 7, 2.5), "killed": ("GONE", 7, 2.5)}
+        assert main(["runs", f"run_root={tmp_path}", "--reap"]) == 0
+        assert f"KILLED  {tmp_path / 'killed'}\n1 of 3" in capsys.readouterr().out
+        assert {name: status for name, (status, *_) in listed().items()} == {"finished": "FINISHED", "alive": "RUNNING", "killed": "KILLED"}
+        assert main(["runs", f"run_root={tmp_path}"]) == 0
+        assert "KILLED" in capsys.readouterr().out
+    finally:
+        processes["alive"].kill()

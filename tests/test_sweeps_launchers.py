@@ -18,7 +18,11 @@ LAUNCHERS = {
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", ["hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1"]),
     "ray": (
         "hydra_plugins.hydra_ray_launcher",
-        ["+hydra.launcher.ray.remote.num_cpus=1", "+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false"],
+        [
+            "+hydra.launcher.ray.remote.num_cpus=1",
+            "+hydra.launcher.ray.init.num_cpus=2",
+            "+hydra.launcher.ray.init.include_dashboard=false",
+        ],
     ),
 }
 

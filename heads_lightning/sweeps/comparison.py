@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps import settings
 from heads_lightning.sweeps.ledger import Entry, Ledger, State
 from heads_lightning.training.run_folder import ARTIFACTS, read_metrics
@@ -117,6 +118,26 @@ def compare(sweep_dir: Path, *, log: "RunLog | None" = None) -> Comparison:
         log.log_table(TABLE, columns=columns(comparison), rows=cells(comparison))
         log.log_text(SUMMARY, summary(sweep_dir))
     return comparison
+
+
+def report(sweep_dir: Path) -> str:
+    """The table as text after drawing anew; the sweep's MLflow run gets the pictures too, where its store is at hand."""
+    from heads_lightning.training.mlflow_run import read_header
+    from heads_lightning.training.run_folder import EVENTS, JsonLines, event
+    from heads_lightning.training.tracking import send_later
+
+    compare(sweep_dir)
+    notes = [f"pictures: {sweep_dir / ARTIFACTS / CURVES}, {sweep_dir / ARTIFACTS / PARALLEL}"]
+    if (sweep_dir / EVENTS).exists() and read_header(sweep_dir).uri is not None:
+        lines = JsonLines(sweep_dir / EVENTS)
+        for name in (CURVES, PARALLEL):
+            lines.append(event("file", path=f"{ARTIFACTS}/{name}", folder=""))
+        lines.close()
+        try:
+            notes += ["MLflow does not answer; the pictures are sent with the next command"] * any(send_later(sweep_dir))
+        except ConfigError as error:
+            notes.append(f"not sent to MLflow: {error}")
+    return "\n".join([summary(sweep_dir), *notes])
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
