@@ -255,7 +255,8 @@ def database(kind: str, folder: Path) -> Iterator[str]:
     options = ["-p", str(port), "-k", data, "-c", "listen_addresses=127.0.0.1"]
     process = subprocess.Popen([*owner, programs[-1] / "postgres", "-D", data, *options], stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: subprocess.run([programs[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True).returncode == 0)
+        ready = [programs[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        wait_for(lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0)
         yield f"postgresql+psycopg://tests@127.0.0.1:{port}/postgres"
     finally:
         process.send_signal(signal.SIGINT)  # its fast shutdown
@@ -369,4 +370,5 @@ def test_two_hundred_children_of_a_sweep_written_by_two_processes(tmp_path: Path
     assert len(client.search_runs([experiment], max_results=1000)) == 201
     for run in children[::20]:
         history = client.get_metric_history(run.info.run_id, "loss")
-        assert sorted((metric.step, metric.value) for metric in history) == [(s, int(run.data.params["seed"]) + 1 / s) for s in range(1, 21)]
+        seed = int(run.data.params["seed"])
+        assert sorted((metric.step, metric.value) for metric in history) == [(step, seed + 1 / step) for step in range(1, 21)]

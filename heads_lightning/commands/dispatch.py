@@ -64,7 +64,7 @@ COMMANDS: dict[str, Command] = {
         "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
     "compare": Command("compare:main", "the cells of a sweep side by side, with pictures", "SWEEP", (
         "compare runs/sweeps/2026-01-31_12-00-00_000000", "compare SWEEP")),
-    "runs": Command("runs:main", "runs in the run folder; --reap closes those whose process is gone", "[run_root=FOLDER] [--reap] [--json]", (
+    "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
         "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip
 

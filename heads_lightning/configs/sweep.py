@@ -72,7 +72,7 @@ class SweepConfig:
     seed: int = 0
     """Seed of the sampler."""
     storage: str | None = None
-    """Database of the study, e.g. `postgresql://…`, where cells run on machines without a shared folder. None: a journal in the sweep's folder."""
+    """Database of the study, e.g. `postgresql://…`. None: a journal in the sweep's folder, which machines may share."""
     cell: str | None = None
     """The cell that this process runs; set by the sweep."""
 
