@@ -116,6 +116,7 @@ MISTAKES = {
     "train -m objective=mlm,mln": "objective=mln does not exist. Did you mean objective=mlm?",
     "train sweep.fail_fast=true": "`sweep.fail_fast=true` is for a sweep, and this is one run; add -m",
     "train -m seed=1,2 hydra/sweeper=basic": "hydra/sweeper=basic would train cells in one process",
+    "train -m optimizer.learning_rate=interval(1e-4,1e-2)": "is no list of values; write A,B,C, or let hydra/sweeper=optuna choose",
     "train -m name=a,b": "two cells are the same experiment: name=a and name=b",
     "train -m seed=1,2 sweep.zip=[seed+name]": "sweep.zip=seed+name: name is not given several values",
     "train -m seed=1,2 sweep.zip=[seed]": "sweep.zip=[seed] pairs nothing",

@@ -11,11 +11,13 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from heads_lightning.configs.base import Option
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, Registry, nearest
+
+S = TypeVar("S")
 
 RUN_ONLY = ("run_root", "name", "resume", "data.cache_dir", "data.prepare_processes", "trainer.progress_bar", "tracking")
 """Fields and sections that change where and how a run shows itself, not what it computes: left out of `config_hash`."""
@@ -70,6 +72,11 @@ def from_yaml(source: str | Path) -> ExperimentConfig:
     config = _rebuild(ExperimentConfig, tree, "", where)
     validate(config)
     return config
+
+
+def section_from(cls: type[S], tree: dict[str, Any], where: str) -> S:
+    """A section of an experiment (a dataclass) from its nested dict; `where` says in refusals what was read."""
+    return _rebuild(cls, tree, "", where)
 
 
 @cache

@@ -22,14 +22,14 @@ def varied(overrides: Sequence[str]) -> list[str]:
 
 
 def grid(overrides: Sequence[str], zipped: Sequence[str] = ()) -> Iterator[list[str]]:
-    """The overrides of each cell. Ranges and intervals, which only other sweepers know, are left out.
+    """The overrides of each cell.
 
     Args:
         overrides: of the command line.
         zipped: groups of keys that advance together, each joined by `+`.
 
     Raises:
-        ConfigError: keys of a group that are not varied, or have different numbers of values.
+        ConfigError: an interval, which is no list; keys of a group that are not varied, or have different numbers of values.
     """
     fixed: list[str] = []
     values: dict[str, list[str]] = {}
@@ -39,6 +39,8 @@ def grid(overrides: Sequence[str], zipped: Sequence[str] = ()) -> Iterator[list[
         elif override.is_discrete_sweep():
             key = override.get_key_element()
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise ConfigError(f"`{override.input_line}` is no list of values; write A,B,C, or let hydra/sweeper=optuna choose from it")
     together = [keys.split("+") for keys in zipped]
     _check_zipped(together, values)
     axes = []

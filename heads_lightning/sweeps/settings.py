@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from heads_lightning.composition.saved import plain
+from heads_lightning.composition.saved import plain, section_from
 from heads_lightning.configs.sweep import SweepConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.training.run_folder import read_json, write_json
@@ -43,4 +43,5 @@ def read(sweep_dir: Path) -> Settings:
     found = read_json(sweep_dir / FILE)
     if not found:
         raise ConfigError(f"{sweep_dir} is not the folder of a sweep: it holds no {FILE}")
-    return Settings(**{name: found[name] for name in Settings._fields} | {"options": SweepConfig(**found["options"])})
+    options = section_from(SweepConfig, found["options"], str(sweep_dir / FILE))
+    return Settings(**{**{name: found[name] for name in Settings._fields}, "options": options})

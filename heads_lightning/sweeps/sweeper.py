@@ -233,13 +233,10 @@ class OptunaSweep(Sweep):
         trial, overrides = ask(study, self._space)
         try:
             cell = self._cell([*self._fixed, *overrides])
-            wanted = meets(cell.config, self.options.filter)
+            if not meets(cell.config, self.options.filter):
+                raise ConfigError("left out by sweep.filter")
         except ConfigError as error:
-            wanted, reason = False, str(error)
-        else:
-            reason = "left out by sweep.filter"
-        if not wanted:
-            trial.set_user_attr("reason", reason)
+            trial.set_user_attr("reason", str(error))
             study.tell(trial, state=_trial_state("FAIL"))
             return None
         (entry,) = self._add([cell], trial=trial.number)
