@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from heads_lightning.commands.arguments import read
 from heads_lightning.commands.show import table
+from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_store import LOCK_SECONDS, file_lock
+from heads_lightning.training.mlflow_store import LOCK_SECONDS, file_lock, resolve_store
 from heads_lightning.training.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
 
 SILENT_SECONDS = 120.0
@@ -104,7 +105,24 @@ def _reap(root: Path, found: Sequence[Run]) -> int:
         lines.close()
         print(f"KILLED  {run.folder}{_sent(run)}")
     print(f"{len(gone)} of {len(found)} runs below {root} were open without a process")
+    _reap_store(root)
     return 0
+
+
+def _reap_store(root: Path) -> None:
+    """Runs of the MLflow store that show no sign of life: those of machines that are gone, whose folders may not be here."""
+    from heads_lightning.training.mlflow_store import reap, short_timeouts
+
+    store = resolve_store(MLflowConfig(), root)
+    if store.database is not None and not store.database.exists():
+        return
+    try:
+        with short_timeouts():
+            reaped = reap(root)
+    except Exception as error:  # clients of databases and of HTTP each raise their own
+        print(f"the store {store.shown} was not looked through: {store.hide_password(str(error)).splitlines()[0]}")
+        return
+    print(f"{len(reaped)} more in {store.shown}", *reaped)
 
 
 def _sent(run: Run) -> str:
