@@ -12,6 +12,7 @@ from heads_lightning.configs import (
     tokenizer,
     tracking,
     trainer,
+    value,
 )
 from heads_lightning.configs.experiment import ExperimentConfig
 
@@ -28,4 +29,5 @@ __all__ = [
     "tokenizer",
     "tracking",
     "trainer",
+    "value",
 ]
