@@ -43,17 +43,23 @@ PREFIX, WRAPPED = "v_head.", "pretrained_model."
 
 
 class _LastState:
-    """A forward hook that keeps the last hidden state until it is taken. An object, so that a copied model has a hook of its own."""
+    """A forward hook that keeps the last hidden state where it is waited for. An object, so that a copied model has a hook of its own."""
 
     def __init__(self) -> None:
+        self.waiting = False
         self.hidden_BSD: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.hidden_BSD = output[0]
+        if self.waiting:
+            self.hidden_BSD = output[0]
+
+    def wait(self) -> None:
+        """Keep what passes from now on: a model that is used by itself leaves nothing in memory."""
+        self.waiting = True
 
     def take(self) -> Tensor:
-        """The state that passed since the last call."""
-        hidden_BSD, self.hidden_BSD = self.hidden_BSD, None
+        """The state that passed."""
+        hidden_BSD, self.hidden_BSD, self.waiting = self.hidden_BSD, None, False
         if hidden_BSD is None:
             raise RuntimeError("the model ran without its decoder (get_decoder()): the value head has nothing to read")
         return hidden_BSD
@@ -91,7 +97,7 @@ class PreTrainedModelWithValueHead(nn.Module):
         self._last_state = _LastState()
         _decoder(base).register_forward_hook(self._last_state)
         self._register_load_state_dict_pre_hook(_nest_keys)
-        self.train(pretrained_model.training)
+        self.train(base.training)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -130,6 +136,7 @@ class PreTrainedModelWithValueHead(nn.Module):
         kwargs["return_dict"] = True
         kwargs.setdefault("use_cache", return_past_key_values or past_key_values is not None)
         given = {"input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
+        self._last_state.wait()
         output = self.pretrained_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
         hidden_BSD = self._last_state.take()
         value_BS1 = self.v_head(hidden_BSD.to(self.v_head.summary.weight.device))
@@ -138,10 +145,7 @@ class PreTrainedModelWithValueHead(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's generate."""
-        try:
-            return self.pretrained_model.generate(*args, **kwargs)
-        finally:
-            self._last_state.hidden_BSD = None  # nothing of the last step stays in memory
+        return self.pretrained_model.generate(*args, **kwargs)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
