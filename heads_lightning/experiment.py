@@ -19,6 +19,7 @@ from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData, prepare
+from heads_lightning.data.scored import PreparedRecords, prepare_records
 from heads_lightning.data.tokenizer import Tokenizer
 from heads_lightning.heads.base import Head, LMHead
 from heads_lightning.heads.value import ValueHead
@@ -33,7 +34,7 @@ class Experiment:
     """The parts of a run."""
 
     config: ExperimentConfig
-    prepared: PreparedData
+    prepared: PreparedData | PreparedRecords
     objective: Objective
     datamodule: TokenDataModule
     module: LanguageModule
@@ -90,7 +91,11 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare(config.data, config.tokenizer, progress=_said_once(say))
+    progress = _said_once(say)
+    if isinstance(config.objective, ValueConfig) and config.data.has_records:
+        prepared = prepare_records(config.data, config.tokenizer, config.objective, progress=progress)
+    else:
+        prepared = prepare(config.data, config.tokenizer, progress=progress)
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,

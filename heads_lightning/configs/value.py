@@ -156,6 +156,13 @@ class ValueConfig(ObjectiveConfig):
         return None
 
     @property
+    def needs_records(self) -> str:
+        """The setting that no example without records can serve; empty when there is none."""
+        if self.loss == ValueLoss.clipped_mse:
+            return "objective.loss=clipped_mse"
+        return f"objective.target={self.target}" if self.target in (ValueTarget.given, ValueTarget.gae) else ""
+
+    @property
     def num_outputs(self) -> int:
         """Outputs of the head a position."""
         return self.num_bins if self.loss == ValueLoss.hl_gauss else 1

@@ -89,7 +89,8 @@ class Value(Objective):
         return Window(stride=length, length=length)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
-        self._check_example_is_possible()
+        if self.config.needs_records:
+            raise ConfigError(f"{self.config.needs_records} needs records that hold its numbers: use data=jsonl or data=parquet")
         tokens_BR = tokens_BR.astype(np.int64)
         if self.config.pairwise:
             return self.scored_examples(self._pairs(tokens_BR, rng, sequence_length))
@@ -161,11 +162,6 @@ class Value(Objective):
 
     # -- the built-in task ----------------------------------------------------------------------------------------------
 
-    def _check_example_is_possible(self) -> None:
-        config = self.config
-        if config.target in (ValueTarget.given, ValueTarget.gae) or config.loss == ValueLoss.clipped_mse:
-            raise ConfigError(example_refusal(config))
-
     def _drawn(self, tokens_BR: np.ndarray, rng: SampleRandom) -> np.ndarray:
         """bool: tokens that would change places, if their snippet is corrupted."""
         return (rng.uniform(tokens_BR.shape[1]) < self.config.corruption_rate) & ~self._special_V[tokens_BR]
@@ -194,15 +190,6 @@ class Value(Objective):
         segments_BS[:, :half], segments_BS[:, half : 2 * half] = 0, 1
         none_BS = np.zeros((rows, sequence_length), np.float32)
         return Scored(tokens_BS, segments_BS, (segments_BS != PADDING) & changed_B1, none_BS, none_BS, none_BS)
-
-
-def example_refusal(config: ValueConfig) -> str:
-    """Why the built-in task cannot be asked for, in one line."""
-    wanted = "objective.loss=clipped_mse" if config.loss == ValueLoss.clipped_mse else f"objective.target={config.target}"
-    return (
-        f"{wanted} needs records that hold its numbers: use data=jsonl or data=parquet; "
-        f"the built-in example has objective.target=outcome and monte_carlo, and every loss but clipped_mse"
-    )
 
 
 def _one_earlier(array_BS: np.ndarray, last: float) -> np.ndarray:
