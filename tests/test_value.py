@@ -399,8 +399,8 @@ def windows(rows: int = 64, length: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def test_the_built_in_task_tells_the_truth() -> None:
-    """The outcome is 1 exactly where no token of the sequence was moved; moving changes no count of tokens."""
-    objective = Value(ValueConfig(), byte_vocabulary())
+    """The outcome is 1 exactly where no token of the snippet was replaced, and half of the snippets are corrupted."""
+    objective = Value(ValueConfig(corruption_rate=0.3), byte_vocabulary())
     plain = windows()
     made = objective.examples(plain, SampleRandom(0, 0, np.arange(64)), 64)
     assert made.values_BS is not None
@@ -410,26 +410,32 @@ def test_the_built_in_task_tells_the_truth() -> None:
         for piece in np.unique(made.segments_BS[row]):
             here = made.segments_BS[row] == piece
             before, after = plain[row][here], made.tokens_BS[row][here]
-            assert sorted(before) == sorted(after)
+            assert 0 <= (before != after).mean() < 0.6
             scored_here = made.labels_BS[row][here] != IGNORE
             values = made.values_BS[row][here][scored_here]
             assert not scored_here[before == 0].any()
             assert set(values) <= {float((before == after).all())}
             outcomes += values[:1].tolist()
     assert 0.4 < np.mean(outcomes) < 0.65
-    rewards = Value(ValueConfig(target=ValueTarget.monte_carlo), byte_vocabulary()).examples(plain, SampleRandom(0, 0, np.arange(64)), 64)
+    rewards = Value(ValueConfig(target=ValueTarget.monte_carlo, corruption_rate=0.3), byte_vocabulary()).examples(plain, SampleRandom(0, 0, np.arange(64)), 64)
     assert np.array_equal(rewards.values_BS, made.values_BS)  # the reward stands at the end, and nothing is discounted
 
 
 def test_the_built_in_pairs() -> None:
-    objective = Value(ValueConfig(loss=ValueLoss.bradley_terry), byte_vocabulary())
+    objective = Value(ValueConfig(loss=ValueLoss.bradley_terry, snippet_tokens=16, corruption_rate=0.3), byte_vocabulary())
+    assert objective.window(65).length == 32
     plain = windows(8, 32)
     made = objective.examples(plain, SampleRandom(0, 0, np.arange(8)), 65)
-    assert np.array_equal(made.tokens_BS[:, :32], plain)
-    assert not np.array_equal(made.tokens_BS[:, 32:64], plain)
+    for chosen, start in ((0, 0), (32, 16)):
+        snippet, copy = made.tokens_BS[:, chosen : chosen + 16], made.tokens_BS[:, chosen + 16 : chosen + 32]
+        assert np.array_equal(snippet, plain[:, start : start + 16])
+        assert not (snippet == copy).all(axis=1).any()
+        assert (snippet == copy).mean() > 0.6
     assert made.counts_B is not None
-    assert made.counts_B.tolist() == [1] * 8
-    assert (made.labels_BS != IGNORE).nonzero()[1].reshape(8, 2).tolist() == [[31, 63]] * 8
+    assert made.segments_BS is not None
+    assert made.counts_B.tolist() == [2] * 8
+    assert made.segments_BS[0, ::16].tolist() == [0, 1, 2, 3, PADDING]
+    assert (made.labels_BS != IGNORE).nonzero()[1].reshape(8, 4).tolist() == [[15, 31, 47, 63]] * 8
 
 
 # -- records --------------------------------------------------------------------------------------------------------------

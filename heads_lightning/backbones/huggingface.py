@@ -131,7 +131,7 @@ class HuggingFace(Backbone):
         return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
 
     def _native(self, bias_B1ST: Tensor) -> Tensor:
-        return bias_B1ST == 0 if self.config.attention_kernel == AttentionKernel.sdpa else bias_B1ST
+        return bias_B1ST == 0 if self.model.config._attn_implementation == "sdpa" else bias_B1ST
 
     def _first_position(self) -> int:
         """RoBERTa and its kin count positions from the padding id on."""
@@ -219,10 +219,16 @@ def _assemble(config: HuggingFaceConfig, described: Any, rows: int) -> nn.Module
     """The model on meta, with adapters, frozen as asked."""
     from transformers import AutoModel
 
+    kernel = None if config.attention_kernel == AttentionKernel.auto else str(config.attention_kernel)
     with torch.device("meta"):
-        model = AutoModel.from_config(
-            described, dtype=getattr(torch, config.dtype), attn_implementation=str(config.attention_kernel), trust_remote_code=False
-        )
+        try:
+            model = AutoModel.from_config(
+                described, dtype=getattr(torch, config.dtype), attn_implementation=kernel, trust_remote_code=False
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"backbone.source={config.source}: {str(error).strip().split('. ')[0][:160]}; use backbone.attention_kernel=auto"
+            ) from None
         if rows != model.get_input_embeddings().num_embeddings:
             old = model.get_input_embeddings()
             model.set_input_embeddings(nn.Embedding(rows, old.embedding_dim, padding_idx=old.padding_idx, dtype=old.weight.dtype))

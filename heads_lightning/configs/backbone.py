@@ -262,10 +262,12 @@ class HuggingFaceAttention(StrEnum):
 class AttentionKernel(StrEnum):
     """How transformers computes attention."""
 
+    auto = "auto"
+    """The fused one where the architecture has it."""
     sdpa = "sdpa"
     """PyTorch's fused attention."""
     eager = "eager"
-    """Written out, for architectures without the other."""
+    """Written out."""
 
 
 _ENCODERS = frozenset(
@@ -292,7 +294,7 @@ class HuggingFaceConfig(BackboneConfig):
     """Branch, tag or commit of a name on the hub."""
     attention: HuggingFaceAttention = HuggingFaceAttention.auto
     """How the model was trained to see: decides which objectives fit."""
-    attention_kernel: AttentionKernel = AttentionKernel.sdpa
+    attention_kernel: AttentionKernel = AttentionKernel.auto
     """How attention is computed."""
     dtype: DType = DType.float32
     """Type of the parameters."""

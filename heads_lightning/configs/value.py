@@ -88,7 +88,8 @@ class ValueConfig(ObjectiveConfig):
     """Score tokens: critics, verifiers, reward models. Reads records (data=jsonl, parquet), or tells intact snippets from corrupted ones.
 
     With data=jsonl or parquet a record has `text` or `input_ids` and what the target needs. With any other data the documents
-    are the material of an example that needs no download: the tokens of half of them change places, and the outcome is 1 for the others.
+    are the material of an example that needs no download: in half of their snippets some tokens are replaced, and the outcome is 1 for the
+    others.
     """
 
     predicts: ClassVar[str] = "value"
@@ -122,8 +123,10 @@ class ValueConfig(ObjectiveConfig):
     """Weight of (chosen + rejected)², which keeps scores of bradley_terry near zero (arXiv 2312.09244). Typical: 0.01."""
     bidirectional: bool = False
     """Read the whole sequence before scoring. Not with state_before_action, which must not see the token that it is about."""
-    corruption_rate: float = 0.3
-    """Without records: share of a corrupted snippet's tokens that change places."""
+    corruption_rate: float = 0.15
+    """Without records: share of a corrupted snippet's tokens that are replaced by ones drawn from the vocabulary."""
+    snippet_tokens: int = 32
+    """Without records: tokens of a snippet, at most; a window holds several, which do not see each other."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +138,7 @@ class ValueConfig(ObjectiveConfig):
         self.require(self.value_max > self.value_min, "value_max", f"more than objective.value_min={self.value_min}")
         self.require(self.centre >= 0, "centre", "0 or more")
         self.require(0 < self.corruption_rate <= 1, "corruption_rate", "more than 0, up to 1")
+        self.require(self.snippet_tokens >= 2, "snippet_tokens", "2 or more")
         if problem := self._contradiction():
             raise ConfigError(problem)
         # of this config, not of the class: what validation compares with the backbone
@@ -206,7 +210,7 @@ class ValueHeadConfig(HeadConfig):
     name: str = "value"
     dropout: float = 0.0
     """Dropout before the score, in training alone."""
-    init: ValueInit = ValueInit.reward
+    init: ValueInit = ValueInit.zero
     """How the scoring layer starts."""
     init_std: float = 0.2
     """Standard deviation of init=normal."""

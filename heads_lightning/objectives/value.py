@@ -13,7 +13,7 @@ import numpy as np
 
 from heads_lightning.batch import IGNORE, PADDING, Examples
 from heads_lightning.configs.value import ValueAlignment, ValueConfig, ValueLoss, ValuePositions, ValueReduction, ValueTarget
-from heads_lightning.objectives.base import Objective, SampleRandom, Vocabulary, Window, document_segments
+from heads_lightning.objectives.base import Objective, SampleRandom, Vocabulary, Window
 from heads_lightning.registry import ConfigError
 
 _CORRUPTED = 1
@@ -83,10 +83,18 @@ class Value(Objective):
         self._special_V = np.zeros(vocabulary.size, bool)
         self._special_V[: len(vocabulary.special_V)] = vocabulary.special_V
         self._special_V[[vocabulary.end_of_document, vocabulary.padding]] = True
+        self._ordinary = np.flatnonzero(~self._special_V)
 
     def window(self, sequence_length: int) -> Window:
-        length = sequence_length // 2 if self.config.pairwise else sequence_length
+        length = sequence_length
+        if self.config.pairwise:  # each snippet stands in a row twice
+            snippet = self._snippet(sequence_length)
+            length = sequence_length // (2 * snippet) * snippet
         return Window(stride=length, length=length)
+
+    def _snippet(self, sequence_length: int) -> int:
+        """Tokens of a snippet of the built-in task."""
+        return min(self.config.snippet_tokens, sequence_length // 2 if self.config.pairwise else sequence_length)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
         if self.config.needs_records:
@@ -94,10 +102,10 @@ class Value(Objective):
         tokens_BR = tokens_BR.astype(np.int64)
         if self.config.pairwise:
             return self.scored_examples(self._pairs(tokens_BR, rng, sequence_length))
-        segments_BR = document_segments(tokens_BR, self.vocabulary.end_of_document)
-        rows, pieces = np.indices(segments_BR.shape)[0], segments_BR
-        chosen_BR = (rng.uniform_at(rows, pieces, _CORRUPTED) < 0.5) & self._drawn(tokens_BR, rng)
-        changed_BR = self._change_places(tokens_BR, segments_BR, chosen_BR)
+        segments_BR = self._snippets(tokens_BR, sequence_length)
+        rows_BR = np.indices(segments_BR.shape)[0]
+        corrupted_BR = rng.uniform_at(rows_BR, segments_BR, _CORRUPTED) < 0.5
+        changed_BR = self._corrupt(tokens_BR, corrupted_BR, rng)
         intact_BR = 1.0 - _any_in_sequence(changed_BR != tokens_BR, segments_BR)
         mask_BR = ~self._special_V[tokens_BR]
         return self.scored_examples(
@@ -162,34 +170,32 @@ class Value(Objective):
 
     # -- the built-in task ----------------------------------------------------------------------------------------------
 
-    def _drawn(self, tokens_BR: np.ndarray, rng: SampleRandom) -> np.ndarray:
-        """bool: tokens that would change places, if their snippet is corrupted."""
-        return (rng.uniform(tokens_BR.shape[1]) < self.config.corruption_rate) & ~self._special_V[tokens_BR]
+    def _snippets(self, tokens_BR: np.ndarray, sequence_length: int) -> np.ndarray:
+        """int32: number of the snippet in its row; one ends with its document, or when it is long enough."""
+        starts_BR = tokens_BR == self.vocabulary.end_of_document
+        starts_BR[:, :: self._snippet(sequence_length)] = True
+        return (np.cumsum(starts_BR, axis=1) - 1).astype(np.int32)
 
-    def _change_places(self, tokens_BR: np.ndarray, segments_BR: np.ndarray, chosen_BR: np.ndarray) -> np.ndarray:
-        """The chosen tokens of each sequence, moved round by one: what a sequence is made of stays the same."""
-        at = np.flatnonzero(chosen_BR)
-        sequence = (np.indices(segments_BR.shape)[0] * segments_BR.shape[1] + segments_BR).reshape(-1)[at]
-        last = np.append(sequence[1:] != sequence[:-1], True)[: len(at)]
-        first = np.flatnonzero(np.append(True, last[:-1])[: len(at)])
-        source = np.append(at[1:], at[:1])
-        source[last] = at[first]
-        changed = tokens_BR.reshape(-1).copy()
-        changed[at] = tokens_BR.reshape(-1)[source]
-        return changed.reshape(tokens_BR.shape)
+    def _corrupt(self, tokens_BR: np.ndarray, corrupted_BR: np.ndarray, rng: SampleRandom) -> np.ndarray:
+        """The tokens with some of those in corrupted snippets replaced by ordinary ones, drawn evenly."""
+        length = tokens_BR.shape[1]
+        chosen_BR = corrupted_BR & (rng.uniform(length) < self.config.corruption_rate) & ~self._special_V[tokens_BR]
+        drawn_BR = self._ordinary[(rng.uniform(length) * len(self._ordinary)).astype(np.int64)]
+        return np.where(chosen_BR, drawn_BR, tokens_BR)
 
     def _pairs(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Scored:
-        """A snippet and its corrupted copy side by side: chosen, rejected."""
-        rows, half = tokens_BR.shape
-        whole_BR = np.zeros((rows, half), np.int32)
-        corrupted_BR = self._change_places(tokens_BR, whole_BR, self._drawn(tokens_BR, rng))
-        changed_B1 = (corrupted_BR != tokens_BR).any(axis=1, keepdims=True)  # a snippet that would stay as it is makes no pair
-        tokens_BS = np.full((rows, sequence_length), self.vocabulary.padding, np.int64)
-        tokens_BS[:, :half], tokens_BS[:, half : 2 * half] = tokens_BR, corrupted_BR
-        segments_BS = np.full((rows, sequence_length), PADDING, np.int32)
-        segments_BS[:, :half], segments_BS[:, half : 2 * half] = 0, 1
-        none_BS = np.zeros((rows, sequence_length), np.float32)
-        return Scored(tokens_BS, segments_BS, (segments_BS != PADDING) & changed_B1, none_BS, none_BS, none_BS)
+        """Each snippet and its corrupted copy side by side: chosen, rejected."""
+        rows, snippet = len(tokens_BR), self._snippet(sequence_length)
+        corrupted_BR = self._corrupt(tokens_BR, np.ones(tokens_BR.shape, bool), rng)
+        pairs_BPKE = np.stack([x.reshape(rows, -1, snippet) for x in (tokens_BR, corrupted_BR)], axis=2)
+        differ_BP = (pairs_BPKE[:, :, 0] != pairs_BPKE[:, :, 1]).any(axis=2)  # a snippet that stays as it is makes no pair
+        padding = sequence_length - 2 * tokens_BR.shape[1]
+        tokens_BS = np.pad(pairs_BPKE.reshape(rows, -1), ((0, 0), (0, padding)), constant_values=self.vocabulary.padding)
+        segments = np.pad(np.arange(2 * tokens_BR.shape[1]) // snippet, (0, padding), constant_values=PADDING).astype(np.int32)
+        segments_BS = np.ascontiguousarray(np.broadcast_to(segments, tokens_BS.shape))
+        mask_BS = np.pad(np.repeat(differ_BP, 2 * snippet, axis=1), ((0, 0), (0, padding)))
+        none_BS = np.zeros(tokens_BS.shape, np.float32)
+        return Scored(tokens_BS, segments_BS, mask_BS, none_BS, none_BS, none_BS)
 
 
 def _one_earlier(array_BS: np.ndarray, last: float) -> np.ndarray:
