@@ -191,14 +191,14 @@ def test_mistakes_are_one_line(folders: dict[str, Path], tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="objective=fim needs causal attention, which backbone=huggingface does not give"):
         compose(["backbone=huggingface", source])
     with pytest.raises(ConfigError, match="contradict each other"):
-        compose(["backbone=huggingface", "backbone.freeze=true", "backbone.lora_rank=4"])
+        compose(["backbone=huggingface", source, "backbone.freeze=true", "backbone.lora_rank=4"])
     compose(["backbone=huggingface", source, "objective=mlm"])
 
 
 def test_code_from_outside_cannot_be_asked_for() -> None:
     assert "trust_remote_code" not in {field.name for field in dataclasses.fields(HuggingFaceConfig)}
     with pytest.raises(ConfigError, match="trust_remote_code does not exist"):
-        compose(["backbone=huggingface", "backbone.trust_remote_code=true"])
+        compose(["backbone=huggingface", "backbone.source=x", "backbone.trust_remote_code=true"])
 
 
 CASES = {

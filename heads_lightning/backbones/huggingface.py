@@ -149,7 +149,7 @@ class HuggingFace(Backbone):
         tokens = torch.arange(3, 3 + 2 * _PROBE, device=self.embedding.weight.device).view(1, -1) % self._own_rows
         segments = (torch.arange(2 * _PROBE, device=tokens.device) >= _PROBE).long().view(1, -1)
         prefix = torch.zeros_like(tokens, dtype=torch.bool)
-        with contextlib.suppress(TypeError):  # a model without position_ids says so below
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a model that cannot take such a mask, or positions
             packed = self._run(Batch(tokens, tokens, attention, 0, 0, segments_BS=segments, prefix_BS=prefix))
             alone = [Batch(part, part, Attention.causal if attention == Attention.prefix else attention, 0, 0) for part in tokens.split(_PROBE, 1)]
             apart = torch.cat([self._run(part) for part in alone], 1)
