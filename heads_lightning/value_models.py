@@ -18,11 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from heads_lightning.heads.value import ValueHead
 
@@ -30,9 +29,7 @@ __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "ValueHead",
-    "convert_pickled_value_head",
     "create_reference_model",
-    "to_sequence_classification",
 ]
 
 log = logging.getLogger(__name__)
@@ -89,7 +86,9 @@ class PreTrainedModelWithValueHead(nn.Module):
         super().__init__()
         unknown = kwargs.keys() - set(self.supported_args)
         if unknown:
-            raise ValueError(f"{', '.join(sorted(unknown))} is no argument of {type(self).__name__}; it has {', '.join(self.supported_args)}")
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} is no argument of {type(self).__name__}; it has {', '.join(self.supported_args)}"
+            )
         _check_wrappable(pretrained_model)
         base = _unwrapped(pretrained_model)
         self.pretrained_model = pretrained_model
@@ -242,7 +241,9 @@ def _check_wrappable(model: Any) -> None:
     base = _unwrapped(model)
     name = type(base).__name__
     if base.get_output_embeddings() is None:
-        raise ValueError(f"{name} has no head over a vocabulary (get_output_embeddings() is None); use its ForCausalLM or ForConditionalGeneration class")
+        raise ValueError(
+            f"{name} has no head over a vocabulary (get_output_embeddings() is None); use its ForCausalLM or ForConditionalGeneration class"
+        )
     places = set(map(str, (getattr(base, "hf_device_map", None) or {}).values()))
     if len(places) > 1 and places & {"cpu", "disk"}:
         raise ValueError(f"{name} is spread over {', '.join(sorted(places))}; a value head needs every part on a device")
@@ -332,7 +333,9 @@ def _value_head_weights(source: str, hub: Mapping[str, Any]) -> dict[str, Tensor
         names = {"model.safetensors"}
     files = [path for name in sorted(names) if (path := _file(source, name, hub)) is not None]
     if not files and index is None and (pickle := _file(source, "pytorch_model.bin", hub)) is not None:
-        raise ValueError(f"{pickle} is a pickle, which is not opened; turn it into safetensors with convert_pickled_value_head({str(pickle.parent)!r})")
+        raise ValueError(
+            f"{pickle} is a pickle, which is not opened; turn it into safetensors with heads_lightning.value_export.convert_pickled_value_head({str(pickle.parent)!r})"
+        )
     state = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -340,21 +343,7 @@ def _value_head_weights(source: str, hub: Mapping[str, Any]) -> dict[str, Tensor
     return state
 
 
-def convert_pickled_value_head(folder: str | Path) -> Path:
-    """Write the value head of a folder's `pytorch_model.bin` (what TRL put beside an adapter) as safetensors; the path of the new file.
-
-    The pickle is read with weights_only=True, which runs no code of it. An adapter's own files are left as they are.
-    """
-    path = Path(folder) / "pytorch_model.bin"
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    head = {key: tensor.contiguous() for key, tensor in state.items() if key.startswith(PREFIX)}
-    if not head:
-        raise ValueError(f"{path} holds no value head (no key begins with {PREFIX!r})")
-    save_file(head, Path(folder) / VALUE_HEAD_FILE, metadata={"format": "pt"})
-    return Path(folder) / VALUE_HEAD_FILE
-
-
-# -- reference models and reward models ----------------------------------------------------------------------------------
+# -- reference models ----------------------------------------------------------------------------------
 
 
 def create_reference_model(model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
@@ -384,44 +373,3 @@ def _parameters_before(model: nn.Module, layer: int, pattern: str | None) -> lis
     if first is None:
         raise ValueError(f"no parameter of {type(model).__name__} belongs to layer {layer}; give pattern, e.g. 'transformer.h.{{layer}}'")
     return [parameter for _, parameter in named[:first]]
-
-
-def to_sequence_classification(model: PreTrainedModelWithValueHead, folder: str | Path) -> None:
-    """Write a reward model that AutoModelForSequenceClassification opens with one label: `score` is the value head.
-
-    Its score is that of the last token that is no padding, so the head should have been trained there (objective.positions=last).
-
-    Raises:
-        ValueError: the architecture has no such class, its score is no single linear layer, or the head is none without the bias.
-    """
-    base, head = _unwrapped(model.pretrained_model), model.v_head
-    if model.is_peft_model:
-        raise ValueError("an adapter has no weights of its own model; merge it first: merge_and_unload()")
-    config = copy.deepcopy(base.config)
-    config.num_labels = 1
-    try:
-        target = AutoModelForSequenceClassification.from_config(config)
-    except ValueError:
-        raise ValueError(f"transformers has no sequence classification for {type(base).__name__}") from None
-    score = getattr(target, "score", None)
-    if not isinstance(score, nn.Linear) or score.weight.shape != head.summary.weight.shape or head.hidden is not None or head.norm is not None:
-        raise ValueError(f"{type(target).__name__} has no single linear layer `score` over the last hidden state")
-    _export_score(base, head, target, score)
-    target.save_pretrained(folder)
-
-
-def _export_score(base: Any, head: ValueHead, target: Any, score: nn.Linear) -> None:
-    """Fill a reward model: the trunk by name, the score from the value head, everything accounted for."""
-    trunk = {k: v for k, v in base.state_dict().items() if k in target.state_dict()}
-    left = target.load_state_dict(trunk, strict=False).missing_keys
-    unfilled = [key for key in left if not key.startswith("score.")]
-    if unfilled:
-        raise ValueError(f"{type(target).__name__} would keep weights that nobody trained: {', '.join(unfilled[:5])}")
-    if score.bias is None and head.summary.bias is not None and bool(head.summary.bias.any()):
-        # transformers' score has no bias; one that stays in the weights' file would be ignored when it is opened
-        raise ValueError(
-            f"the value head has a bias of {float(head.summary.bias):.4g}, which {type(target).__name__} cannot hold; train with head.bias=false, "
-            f"or subtract it from every score (rewards are compared, so it changes nothing) and set it to 0"
-        )
-    with torch.no_grad():
-        score.weight.copy_(head.summary.weight)

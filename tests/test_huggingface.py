@@ -40,7 +40,11 @@ KINDS = {**{k: CAUSAL[k] for k in ("gpt2", "llama", "gpt_neox", "gemma", "qwen2"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A saved tiny model of every kind, with weights large enough for a leak to show."""
     root = tmp_path_factory.mktemp("models")
-    for kind, described in {**KINDS, "bloom": CAUSAL["bloom"], "mamba": lambda: hf.MambaConfig(hidden_size=16, num_hidden_layers=2, **COMMON)}.items():
+    for kind, described in {
+        **KINDS,
+        "bloom": CAUSAL["bloom"],
+        "mamba": lambda: hf.MambaConfig(hidden_size=16, num_hidden_layers=2, **COMMON),
+    }.items():
         torch.manual_seed(0)
         model = hf.AutoModel.from_config(described())
         with torch.no_grad():
@@ -119,7 +123,7 @@ def test_architectures_that_ignore_a_mask_are_refused(kind: str, folders: dict[s
     """Bloom knows no position_ids, Mamba's state runs on: both would train happily and wrongly."""
     model = config(folders[kind]).build(vocab_size=V)
     model(batch_of(TOKENS))
-    with pytest.raises(ConfigError, match="cannot keep packed documents apart|does not keep packed documents apart"):
+    with pytest.raises(ConfigError, match=r"cannot keep packed documents apart|does not keep packed documents apart"):
         model(batch_of(TOKENS, segments_BS=torch.zeros_like(TOKENS)))
 
 

@@ -159,7 +159,7 @@ def test_other_losses_by_hand() -> None:
         (0.5 * 0.09 + 0.5 * (4 - 0.25)) / 2, rel=1e-6
     )
     pairs = ValueConfig(loss=ValueLoss.bradley_terry, centre=0.1)
-    loss, grad, found = mean_loss([2.0, 9.0, 0.5, 1.0, 3.0], pairs, values=[0.25, 0, 0.25, 0, 0], mask=[1, 0, 1, 1, 1])
+    _, grad, found = mean_loss([2.0, 9.0, 0.5, 1.0, 3.0], pairs, values=[0.25, 0, 0.25, 0, 0], mask=[1, 0, 1, 1, 1])
     first, second = math.log1p(math.exp(-1.25)) + 0.1 * 2.5**2, math.log1p(math.exp(2)) + 0.1 * 4**2
     assert found.losses_BS[0].tolist() == pytest.approx([first, 0, 0, second, 0], rel=1e-6)
     assert grad[1] == 0
@@ -378,6 +378,7 @@ def test_a_score_depends_on_what_it_may_have_read(alignment: ValueAlignment) -> 
     made = objective.scored_examples(scored(ids.tolist(), [[0] * 4 + [1] * 8], [list(range(12))]))
     scores_token = {p: int(v) for p, v in enumerate(made.values_BS[0]) if made.labels_BS[0, p] != IGNORE}
     assert sorted(scores_token.values()) == list(range(4, 12))
+
     def values(tokens: Tensor) -> Tensor:
         with torch.no_grad():
             return head.values(backbone(Batch(tokens, tokens, config.objective.attention, 0, 0)))[0]
@@ -417,7 +418,9 @@ def test_the_built_in_task_tells_the_truth() -> None:
             assert set(values) <= {float((before == after).all())}
             outcomes += values[:1].tolist()
     assert 0.4 < np.mean(outcomes) < 0.65
-    rewards = Value(ValueConfig(target=ValueTarget.monte_carlo, corruption_rate=0.3), byte_vocabulary()).examples(plain, SampleRandom(0, 0, np.arange(64)), 64)
+    rewards = Value(ValueConfig(target=ValueTarget.monte_carlo, corruption_rate=0.3), byte_vocabulary()).examples(
+        plain, SampleRandom(0, 0, np.arange(64)), 64
+    )
     assert np.array_equal(rewards.values_BS, made.values_BS)  # the reward stands at the end, and nothing is discounted
 
 
@@ -538,7 +541,7 @@ def test_some_bad_records_are_counted_and_long_ones_left_out(tmp_path: Path) -> 
     with pytest.warns(UserWarning, match="longer than data.sequence_length=16"):
         stream = ScoredStream(prepared.train, objective, sequence_length=16, seed=0)
     assert 0 < stream.windows < 20
-    with pytest.raises(ConfigError, match="no train record fits data.sequence_length=1 "):
+    with pytest.raises(ConfigError, match=r"no train record fits data\.sequence_length=1 "):
         ScoredStream(prepared.train, objective, sequence_length=1, seed=0)
 
 
@@ -618,7 +621,9 @@ def test_training_from_records_finds_what_they_say(tiny: list[str], tmp_path: Pa
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefgh"), 6)) + rng.choice(["x", "y"]) + "z" for _ in range(300)]
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "r.jsonl").write_text("\n".join(json.dumps({"text": t, "outcome": int("x" in t), "n": i}) for i, t in enumerate(texts)))
+    (tmp_path / "data" / "r.jsonl").write_text(
+        "\n".join(json.dumps({"text": t, "outcome": int("x" in t), "n": i}) for i, t in enumerate(texts))
+    )
     kept = [o for o in tiny if not o.startswith(("data=", "data.root", "data.include", "tokenizer.", "trainer.max_steps", "data.seq"))]
     overrides = [
         *kept, *VALUE, "data=jsonl", f"data.root={tmp_path}/data", "data.sequence_length=12", "tokenizer=byte", "objective.loss=bce",

@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from value_data import CAUSAL, LLAMA, SEQ2SEQ, V, bert_config, inputs, tiny_model
 
 from heads_lightning import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, ValueHead, create_reference_model
-from heads_lightning.value_models import VALUE_HEAD_FILE, convert_pickled_value_head, to_sequence_classification
+from heads_lightning.backbones.huggingface import HuggingFace
+from heads_lightning.batch import Attention, Batch
+from heads_lightning.configs.backbone import HuggingFaceConfig
+from heads_lightning.configs.value import ValueHeadConfig, ValueInit
+from heads_lightning.value_export import convert_pickled_value_head, to_sequence_classification
+from heads_lightning.value_models import VALUE_HEAD_FILE
 
 hf.utils.logging.set_verbosity_error()
 ALL = [*CAUSAL, *SEQ2SEQ]
@@ -106,7 +111,9 @@ def test_values_are_fp32_in_every_precision() -> None:
     assert_equal_states(head_of(module), before)
 
 
-@pytest.mark.parametrize(("said", "p"), [({"summary_dropout_prob": None}, 0), ({"summary_dropout_prob": 0}, 0), ({"summary_dropout_prob": 0.3}, 0.3), ({}, 0.1)])
+@pytest.mark.parametrize(
+    ("said", "p"), [({"summary_dropout_prob": None}, 0), ({"summary_dropout_prob": 0}, 0), ({"summary_dropout_prob": 0.3}, 0.3), ({}, 0.1)]
+)
 def test_dropout(said: dict[str, Any], p: float) -> None:
     """V6: None and 0 are none; unsaid is 0.1."""
     dropout = wrapped(**said).v_head.dropout
@@ -418,6 +425,16 @@ def test_a_reward_model_opens_as_sequence_classification(kind: str, tmp_path: Pa
     score = reward(ids, attention_mask=(ids != 0).long()).logits
     assert torch.allclose(score[:, 0], model(ids[:, :7])[2][:, -1], atol=1e-5)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(reward).__name__]
+
+
+def test_the_trunk_and_head_of_a_run_open_too(tmp_path: Path) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")
+    backbone = HuggingFace(HuggingFaceConfig(source=str(tmp_path / "base")), vocab_size=V + 3).eval()
+    head = ValueHeadConfig(init=ValueInit.normal).build(d_model=16)
+    to_sequence_classification(backbone.model, tmp_path / "reward", head=head)
+    reward, ids = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward"), inputs("qwen2")["input_ids"]
+    values = head.values(backbone(Batch(ids, ids, Attention.causal, 0, 0)))
+    assert torch.allclose(reward(ids).logits[:, 0], values[:, -1], atol=1e-5)
 
 
 def test_reward_models_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -75,7 +75,13 @@ def build(options: argparse.Namespace, *, frozen: bool, checkpointing: bool, arc
     torch.manual_seed(0)
     layers, width = options.layers, options.width
     common = {"vocab_size": options.vocabulary, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    shape = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 11 * width // 4, "num_key_value_heads": 4}
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 11 * width // 4,
+        "num_key_value_heads": 4,
+    }
     gpt2 = {"n_embd": width, "n_layer": layers, "n_head": 4, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
     described = transformers.GPT2Config(**gpt2, **common) if architecture == "gpt2" else transformers.LlamaConfig(**shape, **common)
     model = AutoModelForCausalLMWithValueHead(transformers.AutoModelForCausalLM.from_config(described), summary_dropout_prob=0.0)
@@ -112,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=8192, help="32 times the width; GPT-2 has 65, Llama 2 7B has 8, Qwen3 0.6B has 148")
+    parser.add_argument(
+        "--vocabulary", type=int, default=8192, help="32 times the width; GPT-2 has 65, Llama 2 7B has 8, Qwen3 0.6B has 148"
+    )
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--json", action="store_true")
@@ -121,7 +129,9 @@ def main() -> None:
     if options.json:
         print(json.dumps(results, indent=1))
         return
-    print(f"{options.layers} layers, width {options.width}, vocabulary {options.vocabulary:,}, {options.rows} x {options.length} tokens, fp32; MiB at the peak")
+    print(
+        f"{options.layers} layers, width {options.width}, vocabulary {options.vocabulary:,}, {options.rows} x {options.length} tokens, fp32; MiB at the peak"
+    )
     for name, found in results.items():
         print(f"  {name:72s} {found['collecting']:8.1f} -> {found['wrapper']:8.1f}   x {found['ratio']:.2f}")
 

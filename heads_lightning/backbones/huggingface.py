@@ -151,7 +151,10 @@ class HuggingFace(Backbone):
         prefix = torch.zeros_like(tokens, dtype=torch.bool)
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # a model that cannot take such a mask, or positions
             packed = self._run(Batch(tokens, tokens, attention, 0, 0, segments_BS=segments, prefix_BS=prefix))
-            alone = [Batch(part, part, Attention.causal if attention == Attention.prefix else attention, 0, 0) for part in tokens.split(_PROBE, 1)]
+            alone = [
+                Batch(part, part, Attention.causal if attention == Attention.prefix else attention, 0, 0)
+                for part in tokens.split(_PROBE, 1)
+            ]
             apart = torch.cat([self._run(part) for part in alone], 1)
             if (packed - apart).norm() <= _OBEYED * apart.norm() * (30 if apart.dtype != torch.float32 else 1):
                 self.train(training)

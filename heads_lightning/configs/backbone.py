@@ -271,9 +271,7 @@ class AttentionKernel(StrEnum):
 
 
 _ENCODERS = frozenset(
-    "albert bert big_bird camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm eurobert flaubert fnet funnel "
-    "ibert longformer luke megatron-bert mobilebert modernbert mpnet mra nezha nomic_bert nystromformer roberta roberta-prelayernorm roformer "
-    "squeezebert xlm xlm-roberta xlm-roberta-xl xmod yoso".split()
+    ["albert", "bert", "big_bird", "camembert", "convbert", "data2vec-text", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "esm", "eurobert", "flaubert", "fnet", "funnel", "ibert", "longformer", "luke", "megatron-bert", "mobilebert", "modernbert", "mpnet", "mra", "nezha", "nomic_bert", "nystromformer", "roberta", "roberta-prelayernorm", "roformer", "squeezebert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"]
 )
 """Architectures (model_type) that read from both sides."""
 

@@ -154,7 +154,9 @@ class ValueConfig(ObjectiveConfig):
         if self.loss == ValueLoss.bradley_terry and self.alignment == ValueAlignment.state_before_action:
             return "objective.loss=bradley_terry compares whole sequences; use objective.alignment=after_token"
         if self.loss == ValueLoss.bradley_terry and self.reduction != ValueReduction.token_mean:
-            return f"objective.reduction={self.reduction} has no meaning for pairs; use objective.reduction=token_mean (the mean over pairs)"
+            return (
+                f"objective.reduction={self.reduction} has no meaning for pairs; use objective.reduction=token_mean (the mean over pairs)"
+            )
         if self.loss == ValueLoss.bce and (self.value_min, self.value_max) != (0.0, 1.0):
             return "objective.loss=bce scores probabilities; leave objective.value_min=0 and objective.value_max=1"
         return None
@@ -236,7 +238,9 @@ class ValueHeadConfig(HeadConfig):
         self.require(self.hidden_dim is None or self.hidden_dim >= 1, "hidden_dim", "1 or more, or null")
         self.require(self.lm_weight >= 0, "lm_weight", "0 or more")
         if self.tie_embeddings and not self.lm_weight:
-            raise ConfigError("head.tie_embeddings=true has no projection to tie without a language-model loss; set e.g. head.lm_weight=1.0")
+            raise ConfigError(
+                "head.tie_embeddings=true has no projection to tie without a language-model loss; set e.g. head.lm_weight=1.0"
+            )
 
     def build(
         self,

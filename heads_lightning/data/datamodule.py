@@ -18,8 +18,8 @@ import lightning
 import torch
 
 from heads_lightning.batch import Batch
-from heads_lightning.data.shards import PreparedData, Split
 from heads_lightning.data.scored import PreparedRecords, ScoredSplit, ScoredStream
+from heads_lightning.data.shards import PreparedData, Split
 from heads_lightning.data.stream import SampleStream, rows_of
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
@@ -117,9 +117,7 @@ class ValidationLoader:
         world_size: processes in all.
     """
 
-    def __init__(
-        self, stream: Stream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, stream: Stream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int) -> None:
         self._stream, self._attention, self._micro_batch_size = stream, objective.attention, micro_batch_size
         self._start, self._stop = sequences * rank // world_size, sequences * (rank + 1) // world_size
 

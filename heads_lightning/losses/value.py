@@ -48,7 +48,9 @@ def value_losses(outputs_BSK: Tensor, targets: ValueTargets, config: ValueConfig
         ValueError: clipped_mse without old values, an odd number of sequences in pairs, a shape that does not fit.
     """
     if outputs_BSK.shape != (*targets.values_BS.shape, config.num_outputs):
-        raise ValueError(f"scores {list(outputs_BSK.shape)} do not fit targets {list(targets.values_BS.shape)} and {config.num_outputs} outputs")
+        raise ValueError(
+            f"scores {list(outputs_BSK.shape)} do not fit targets {list(targets.values_BS.shape)} and {config.num_outputs} outputs"
+        )
     mask_BS = targets.mask_BS
     outputs_BSK = torch.where(mask_BS.unsqueeze(-1), outputs_BSK, 0.0)
     values_BS = torch.where(mask_BS, targets.values_BS, 0.0)
