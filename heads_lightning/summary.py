@@ -55,7 +55,8 @@ def _values(config: ExperimentConfig, metrics: dict[str, float]) -> str:
     if "val/calibration_error" not in metrics:
         return ""
     objective = config.objective
-    paired = isinstance(objective, ValueConfig) and objective.pairwise
+    assert isinstance(objective, ValueConfig)
+    paired = objective.pairwise
     shown = [
         ("explained variance", "val/explained_variance", "{:.3f}  (1 is perfect, 0 is always the mean)"),
         ("calibration error", "val/calibration_error", "{:.3f}  (mean distance of prediction and target, by bins; see reliability.png)"),
@@ -64,7 +65,7 @@ def _values(config: ExperimentConfig, metrics: dict[str, float]) -> str:
         ("target", "val/target_mean", "{:.3f} on average"),
     ]
     rows = [(name, form.format(metrics[key])) for name, key, form in shown if key in metrics]
-    kind = "pairs" if paired else f"tokens (loss {objective.loss}, {objective.alignment})" if isinstance(objective, ValueConfig) else "tokens"
+    kind = "pairs" if paired else f"tokens (loss {objective.loss}, {objective.alignment})"
     return _table(f"Values of held-out {kind}", rows)
 
 

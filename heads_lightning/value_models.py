@@ -334,7 +334,8 @@ def _value_head_weights(source: str, hub: Mapping[str, Any]) -> dict[str, Tensor
     files = [path for name in sorted(names) if (path := _file(source, name, hub)) is not None]
     if not files and index is None and (pickle := _file(source, "pytorch_model.bin", hub)) is not None:
         raise ValueError(
-            f"{pickle} is a pickle, which is not opened; turn it into safetensors with heads_lightning.value_export.convert_pickled_value_head({str(pickle.parent)!r})"
+            f"{pickle} is a pickle, which is not opened; turn it into safetensors with "
+            f"heads_lightning.value_export.convert_pickled_value_head({str(pickle.parent)!r})"
         )
     state = {}
     for path in files:

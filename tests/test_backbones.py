@@ -69,7 +69,6 @@ def variant(request: pytest.FixtureRequest) -> str:
 
 def test_every_registered_backbone_is_tested() -> None:
     built_in = {name for name, cls in backbones.items() if cls.__module__ == "heads_lightning.configs.backbone"}
-    built_in -= {"huggingface"}  # tests/test_huggingface.py
     assert built_in == {name for name, _ in VARIANTS.values()}
 
 

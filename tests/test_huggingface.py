@@ -13,7 +13,7 @@ from value_data import CAUSAL, COMMON, LLAMA, V, bert_config, tiny_model
 
 from heads_lightning.batch import PADDING, Attention, Batch
 from heads_lightning.composition import compose
-from heads_lightning.configs.backbone import HuggingFaceConfig
+from heads_lightning.configs.huggingface import HuggingFaceConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
 from heads_lightning.testing.backbones import batch_of, changed_at

@@ -20,7 +20,7 @@ from value_data import CAUSAL, LLAMA, SEQ2SEQ, V, bert_config, inputs, tiny_mode
 from heads_lightning import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, ValueHead, create_reference_model
 from heads_lightning.backbones.huggingface import HuggingFace
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import HuggingFaceConfig
+from heads_lightning.configs.huggingface import HuggingFaceConfig
 from heads_lightning.configs.value import ValueHeadConfig, ValueInit
 from heads_lightning.value_export import convert_pickled_value_head, to_sequence_classification
 from heads_lightning.value_models import VALUE_HEAD_FILE

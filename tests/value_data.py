@@ -29,7 +29,9 @@ SEQ2SEQ: dict[str, Any] = {
         d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=24,
         decoder_ffn_dim=24, max_position_embeddings=32, decoder_start_token_id=2, **COMMON,
     ),
-    "bert2bert": lambda: hf.EncoderDecoderConfig.from_encoder_decoder_configs(bert_config(), bert_config(), decoder_start_token_id=1, pad_token_id=0),
+    "bert2bert": lambda: hf.EncoderDecoderConfig.from_encoder_decoder_configs(
+        bert_config(), bert_config(), decoder_start_token_id=1, pad_token_id=0
+    ),
 }  # fmt: skip
 
 

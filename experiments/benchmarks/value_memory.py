@@ -129,9 +129,8 @@ def main() -> None:
     if options.json:
         print(json.dumps(results, indent=1))
         return
-    print(
-        f"{options.layers} layers, width {options.width}, vocabulary {options.vocabulary:,}, {options.rows} x {options.length} tokens, fp32; MiB at the peak"
-    )
+    shape = f"{options.layers} layers, width {options.width}, vocabulary {options.vocabulary:,}, {options.rows} x {options.length} tokens"
+    print(f"{shape}, fp32; MiB at the peak")
     for name, found in results.items():
         print(f"  {name:72s} {found['collecting']:8.1f} -> {found['wrapper']:8.1f}   x {found['ratio']:.2f}")
 

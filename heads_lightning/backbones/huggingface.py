@@ -1,9 +1,9 @@
 """`backbone=huggingface`: a model of transformers as the trunk, its weights as they are.
 
 Choices. The module is assembled on meta like every backbone, and "initialising" it reads the weights, so nothing else of a run needs to
-know. Who sees whom is handed to the model as a finished mask, with positions that count from the start of each document; the first time that
-matters, two tiny batches prove that the architecture obeys (recurrent layers and built-in position rules do not), because a model that
-ignores a mask trains happily and wrongly. Code from repositories is never run.
+know. Who sees whom is handed to the model as a finished mask, with positions that count from the start of each document; the first time
+that matters, two tiny batches prove that the architecture obeys (recurrent layers and built-in position rules do not), because a model
+that ignores a mask trains happily and wrongly. Code from repositories is never run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from heads_lightning.backbones.base import Backbone, Cache
 from heads_lightning.backbones.layers import attention_bias, compute_dtype, positions_in_segments
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import AttentionKernel, HuggingFaceConfig
+from heads_lightning.configs.huggingface import AttentionKernel, HuggingFaceConfig
 from heads_lightning.registry import ConfigError
 
 _PROBE = 6

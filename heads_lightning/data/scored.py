@@ -250,7 +250,7 @@ class _SplitWriter:
 
 
 class ScoredStream:
-    """An endless, numbered sequence of examples, as SampleStream: sample n is record `n % windows` of a permutation of epoch `n // windows`.
+    """An endless, numbered sequence of examples, as SampleStream: sample n is record `n % windows` of epoch `n // windows`, permuted.
 
     Args:
         split: the sequences.

@@ -6,4 +6,14 @@ from heads_lightning.heads.mlm import MLMHead
 from heads_lightning.heads.normalized import NormalizedLMHead
 from heads_lightning.heads.value import ValueHead
 
-__all__ = ["DefaultLMHead", "Head", "HeadLoss", "LMHead", "LMOutputWithLoss", "LMOutputWithMetrics", "MLMHead", "NormalizedLMHead", "ValueHead"]
+__all__ = [
+    "DefaultLMHead",
+    "Head",
+    "HeadLoss",
+    "LMHead",
+    "LMOutputWithLoss",
+    "LMOutputWithMetrics",
+    "MLMHead",
+    "NormalizedLMHead",
+    "ValueHead",
+]
