@@ -18,7 +18,7 @@ from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
-from heads_lightning.data.prepare import PreparedData, prepare
+from heads_lightning.data.prepare import PreparedData, Progress, prepare
 from heads_lightning.data.scored import PreparedRecords, prepare_records
 from heads_lightning.data.tokenizer import Tokenizer
 from heads_lightning.heads.base import Head, LMHead
@@ -84,6 +84,13 @@ def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
     return progress
 
 
+def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) -> PreparedData | PreparedRecords:
+    """The data of an experiment: records with their numbers for objective=value where the source has them, else a stream of tokens."""
+    if isinstance(config.objective, ValueConfig) and config.data.has_records:
+        return prepare_records(config.data, config.tokenizer, config.objective, progress=progress)
+    return prepare(config.data, config.tokenizer, progress=progress)
+
+
 def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
     """Prepare the data and build every part.
 
@@ -91,11 +98,7 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    progress = _said_once(say)
-    if isinstance(config.objective, ValueConfig) and config.data.has_records:
-        prepared = prepare_records(config.data, config.tokenizer, config.objective, progress=progress)
-    else:
-        prepared = prepare(config.data, config.tokenizer, progress=progress)
+    prepared = prepare_data(config, progress=_said_once(say))
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,

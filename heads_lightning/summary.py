@@ -24,7 +24,7 @@ def summary_text(
     ui_command: str | None,
 ) -> str:
     """The page as plain text."""
-    blocks = [_training(metrics, seconds, config.objective.predicts), _values(config, metrics)]
+    blocks = [_training(metrics, seconds, config.objective.predicts), values_text(config, metrics)]
     if report is not None:
         blocks.append(report_text(report, samples))
     blocks.append(_next_steps(config, run_dir, ui_command))
@@ -50,7 +50,7 @@ def _training(metrics: dict[str, float], seconds: float, predicts: str) -> str:
     return _table("Training", rows)
 
 
-def _values(config: ExperimentConfig, metrics: dict[str, float]) -> str:
+def values_text(config: ExperimentConfig, metrics: dict[str, float]) -> str:
     """What validation says of values: see losses.value.ValueStatistics."""
     if "val/calibration_error" not in metrics:
         return ""

@@ -126,7 +126,8 @@ class PreTrainedModelWithValueHead(nn.Module):
             past_key_values: cache of the positions before.
             attention_mask: [B, T], 0 at padding.
             return_past_key_values: also return the cache.
-            kwargs: of the wrapped model (labels, decoder_input_ids, …). return_dict is accepted and has no influence.
+            kwargs: of the wrapped model (labels, decoder_input_ids, …). With logits_to_keep=1 the logits are those of the last position
+                alone and the values all there: a critic needs no more. return_dict is accepted and has no influence.
 
         Returns:
             (logits fp32 [B, T, V], loss or None, value fp32 [B, T]), then the cache where it was asked for. T is the decoder's length in

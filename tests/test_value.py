@@ -608,6 +608,12 @@ def test_a_run_reports_values_and_draws_their_reliability(tiny: list[str], tmp_p
     model = load(str(tmp_path / "run"))
     assert isinstance(model.head, ValueHead)
     assert model.head.num_statistics == 38
+    asked = subprocess.run(
+        [sys.executable, "-m", "heads_lightning", "evaluate", f"checkpoint={tmp_path / 'run'}", "json=true"],
+        capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    again = json.loads(asked.stdout)
+    assert again["val/explained_variance"] == pytest.approx(result.metrics["val/explained_variance"], abs=1e-6)
     from mlflow import MlflowClient
 
     sidecar = json.loads((tmp_path / "run" / "mlflow.json").read_text())

@@ -329,6 +329,14 @@ def test_generate_and_what_a_trainer_asks() -> None:
     assert "lm_head" in model.lm_head_namings
 
 
+def test_values_without_the_logits() -> None:
+    """A critic's step forms the logits of one position and the values of all."""
+    model, ids = wrapped("llama").eval(), inputs("llama")["input_ids"]
+    logits, _, value = model(ids, logits_to_keep=1)
+    assert logits.shape == (2, 1, V)
+    assert torch.equal(value, model(ids)[2])
+
+
 def test_from_an_object() -> None:
     bare = tiny_model("gpt2")
     model = AutoModelForCausalLMWithValueHead.from_pretrained(bare, v_head_init_strategy="normal", v_head_initializer_range=0.7)

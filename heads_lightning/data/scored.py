@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from heads_lightning.batch import PADDING, Examples
 from heads_lightning.configs.data import DataConfig
 from heads_lightning.configs.tokenizer import TokenizerConfig
 from heads_lightning.configs.value import ValueConfig, ValueLoss
+from heads_lightning.data.prepare import Progress
 from heads_lightning.data.records import Record, RecordSource
 from heads_lightning.data.scored_records import FIELDS, RecordReader, Sequence, Unusable
 from heads_lightning.data.sources import TRAIN, VALIDATION, place
@@ -120,7 +121,7 @@ class PreparedRecords:
 
 
 def prepare_records(
-    data: DataConfig, tokenizer: TokenizerConfig, objective: ValueConfig, *, progress: Callable[[str, int, int], None] | None = None
+    data: DataConfig, tokenizer: TokenizerConfig, objective: ValueConfig, *, progress: Progress | None = None
 ) -> PreparedRecords:
     """The sequences of a source of records; made now unless they are there already.
 
@@ -154,7 +155,7 @@ class _Preparation:
         tokenizer: TokenizerConfig,
         objective: ValueConfig,
         source: RecordSource,
-        progress: Callable[[str, int, int], None],
+        progress: Progress,
     ) -> None:
         self._data, self._tokenizer_config, self._objective, self._source = data, tokenizer, objective, source
         self._progress = progress
