@@ -20,7 +20,7 @@ from heads_lightning.configs.objective import objectives
 from heads_lightning.registry import ConfigError, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = {"tokenizer=huggingface": ["tokenizer.path=tokenizer.json"]}
+NEEDED = {"tokenizer=huggingface": ["tokenizer.path=tokenizer.json"], "backbone=huggingface": ["backbone.source=some/model"]}
 """Overrides without which an option is not complete."""
 
 prepare_store()
