@@ -37,7 +37,7 @@ from heads_lightning.experiment import load
 from heads_lightning.heads import ValueHead
 from heads_lightning.losses.value import ValueStatistics, ValueTargets, decode, gauss_bins, value_losses, value_statistics
 from heads_lightning.objectives.base import SampleRandom
-from heads_lightning.objectives.value import Scored, Value, gae
+from heads_lightning.objectives.value import Scored, Value, gae, scored_tokens
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
 from heads_lightning.testing import byte_vocabulary
@@ -360,6 +360,8 @@ def test_alignment_says_which_position_scores_which_token() -> None:
     assert before.values_BS is not None
     assert before.values_BS[0].tolist() == pytest.approx([0.1, 0.2, 0, 0.4, 0, 0])
     assert before.labels_BS[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
+    assert scored_tokens(after, ValueAlignment.after_token)[0].tolist() == [IGNORE, 11, 12, IGNORE, 14, IGNORE]
+    assert scored_tokens(before, ValueAlignment.state_before_action)[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
     last = Value(ValueConfig(positions=ValuePositions.last), byte_vocabulary()).scored_examples(given)
     assert (last.labels_BS[0] != IGNORE).tolist() == [False, False, True, False, True, False]
 

@@ -198,6 +198,12 @@ class Value(Objective):
         return Scored(tokens_BS, segments_BS, mask_BS, none_BS, none_BS, none_BS)
 
 
+def scored_tokens(examples: Examples, alignment: ValueAlignment) -> np.ndarray:
+    """int64 [B, S]: the token that each position's value is about, IGNORE where it has none. To look at, before trusting an alignment."""
+    about_BS = examples.tokens_BS if alignment == ValueAlignment.after_token else examples.labels_BS
+    return np.where(examples.labels_BS != IGNORE, about_BS, IGNORE)
+
+
 def _one_earlier(array_BS: np.ndarray, last: float) -> np.ndarray:
     """Each row moved one place to the left."""
     moved = np.full_like(array_BS, last)
