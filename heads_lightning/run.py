@@ -25,6 +25,7 @@ from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
+from heads_lightning.heads.value import ValueHead
 from heads_lightning.losses.value import ValueStatistics
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
@@ -140,6 +141,8 @@ def _draw_reliability(experiment: Experiment, log: RunLog) -> None:
 
     bins = ValueStatistics.from_vector(experiment.module.statistics)
     filled = [i for i, count in enumerate(bins.bin_count) if count]
+    if not filled:
+        return
     predicted = [bins.bin_predicted[i] / bins.bin_count[i] for i in filled]
     figure = Figure(figsize=(5, 5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -204,7 +207,7 @@ def _conclude(
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
         log.log_text("samples.txt", outcome.samples_text())
     _draw_curves(run_dir, log, "loss, nats per target" if config.objective.predicts == "token" else "loss per target")
-    if config.objective.predicts == "value":
+    if isinstance(experiment.module.head, ValueHead):
         _draw_reliability(experiment, log)
     text = summary_text(
         config,
