@@ -149,10 +149,8 @@ class PreTrainedModelWithValueHead(nn.Module):
 
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The model's own keys, then `v_head.…`: as the files have them. Whole for adapters too: base, adapters and value head."""
-        if args:  # torch's older positional form
-            destination, prefix, keep_vars = (*args, prefix, keep_vars)[:3]
         whole = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         return self.v_head.state_dict(destination=whole, prefix=prefix + PREFIX, keep_vars=keep_vars)
 

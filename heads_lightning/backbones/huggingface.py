@@ -135,7 +135,7 @@ class HuggingFace(Backbone):
 
     def _first_position(self) -> int:
         """RoBERTa and its kin count positions from the padding id on."""
-        embeddings = getattr(self.model, "embeddings", None)
+        embeddings: Any = getattr(self.model, "embeddings", None)
         return int(embeddings.padding_idx) + 1 if hasattr(embeddings, "create_position_ids_from_input_ids") else 0
 
     def _prove(self, attention: Attention) -> None:

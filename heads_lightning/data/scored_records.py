@@ -98,7 +98,8 @@ class RecordReader:
         steps = fields.get("steps") if fields.get("steps") is not None else [fields.get("text")]
         if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
             raise Unusable(f"no {name}")
-        prompt = self._tokenizer.encode(fields.get("prompt") or "")
+        before = fields.get("prompt")
+        prompt = self._tokenizer.encode(before if isinstance(before, str) else "")
         pieces = [self._tokenizer.encode(step) for step in steps]
         tokens = np.concatenate([[self._marker], prompt, *pieces]).astype(np.int64)
         mask = np.arange(len(tokens)) > len(prompt)
