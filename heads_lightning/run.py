@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,12 @@ from heads_lightning.losses.value import ValueStatistics
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
+from heads_lightning.training.agreement import SameConfig, settled_precision
 from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
-from heads_lightning.training.trainer import build_trainer, resolve_precision
+from heads_lightning.training.trainer import build_trainer
 
 
 @dataclass
@@ -48,8 +50,22 @@ class Result:
     """Last value of every logged metric."""
 
 
-def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = None, parent: str | None = None) -> Result:
+def train(
+    config: ExperimentConfig,
+    run_dir: Path,
+    *,
+    console: Console | None = None,
+    parent: str | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
+) -> Result:
     """Train, evaluate and record. With `config.resume`, go on from that checkpoint in `run_dir`.
+
+    Args:
+        config: the experiment; every rank must be given the same, which is checked.
+        run_dir: folder of the run, the same on every rank.
+        console: where to talk; the first rank's output when left out.
+        parent: run folder or MLflow run id of the sweep that the run belongs to.
+        callbacks: further Lightning callbacks.
 
     Raises:
         ConfigError: a mistake in the config, or this machine cannot run it.
@@ -74,16 +90,18 @@ def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = 
         resume=config.resume is not None,
     ) as log:
         experiment = build(config, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
-        return _fit(experiment, run_dir, log, console, text)
+        return _fit(experiment, run_dir, log, console, text, callbacks)
 
 
 def _settle(config: ExperimentConfig) -> ExperimentConfig:
     """Replace what depends on the machine by what it means here, so that the saved config says it."""
-    precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    precision = settled_precision(config.trainer)
     return replace(config, trainer=replace(config.trainer, precision=precision))
 
 
-def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, config_yaml: str) -> Result:
+def _fit(
+    experiment: Experiment, run_dir: Path, log: RunLog, console: Console, config_yaml: str, further: Sequence[lightning.Callback]
+) -> Result:
     config = experiment.config
     tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
     metrics = MetricsCallback(
@@ -100,7 +118,7 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
         record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
         warn=lambda message: console.print(message, style="yellow"),
     )
-    callbacks: list[Any] = [metrics, checkpoints]
+    callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()

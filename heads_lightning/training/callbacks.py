@@ -28,6 +28,7 @@ from heads_lightning.training.checkpoints import (
     restore_random_state,
     saved_checkpoints,
 )
+from heads_lightning.training.process import STOP_SIGNALS
 
 
 class Interrupted(SystemExit):
@@ -223,7 +224,7 @@ class CheckpointCallback(Callback):
         state = getattr(self, "_random_state", None)
         if state is not None:
             restore_random_state(state)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             try:
                 self._previous[number] = signal.signal(number, self._on_signal)
             except ValueError:  # only the main thread may; elsewhere the owner of the main thread handles signals
