@@ -26,6 +26,8 @@ from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
+from heads_lightning.heads.value import ValueHead
+from heads_lightning.losses.value import ValueStatistics
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
@@ -134,7 +136,7 @@ def _resume_path(config: ExperimentConfig) -> Path | None:
     return find_checkpoint(config.resume, config.run_root) if config.resume else None
 
 
-def _draw_curves(run_dir: Path, log: RunLog) -> None:
+def _draw_curves(run_dir: Path, log: RunLog, ylabel: str) -> None:
     """loss.png: training and held-out loss by optimizer step."""
     from matplotlib.figure import Figure
 
@@ -145,10 +147,31 @@ def _draw_curves(run_dir: Path, log: RunLog) -> None:
         drawn = [(point.step, point.values[name]) for point in points if name in point.values]
         if drawn:
             axes.plot(*zip(*drawn, strict=True), label=label, marker="o" if len(drawn) < 40 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per target")
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
     log.log_figure("loss.png", figure)
+
+
+def _draw_reliability(experiment: Experiment, log: RunLog) -> None:
+    """reliability.png: mean held-out target by predicted value, with the number of targets in each bin below."""
+    from matplotlib.figure import Figure
+
+    bins = ValueStatistics.from_vector(experiment.module.statistics)
+    filled = [i for i, count in enumerate(bins.bin_count) if count]
+    if not filled:
+        return
+    predicted = [bins.bin_predicted[i] / bins.bin_count[i] for i in filled]
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    ends = [min(predicted), max(predicted)]
+    above.plot(ends, ends, color="0.7", label="calibrated")
+    above.plot(predicted, [bins.bin_target[i] / bins.bin_count[i] for i in filled], marker="o", label=experiment.config.name)
+    above.set(ylabel="mean target")
+    above.legend()
+    below.bar(predicted, [bins.bin_count[i] for i in filled], width=0.6 * (ends[1] - ends[0]) / max(len(filled), 1) or 0.1)
+    below.set(xlabel="predicted value", ylabel="targets")
+    log.log_figure("reliability.png", figure)
 
 
 def _quiet_lightning() -> None:
@@ -201,7 +224,9 @@ def _conclude(
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
         log.log_text("samples.txt", outcome.samples_text())
-    _draw_curves(run_dir, log)
+    _draw_curves(run_dir, log, "loss, nats per target" if config.objective.predicts == "token" else "loss per target")
+    if isinstance(experiment.module.head, ValueHead):
+        _draw_reliability(experiment, log)
     text = summary_text(
         config,
         run_dir=run_dir,

@@ -22,6 +22,7 @@ from heads_lightning.registry import ConfigError, Registry
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = {
     "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+    "backbone=huggingface": ["backbone.source=some/model"],
     **{
         f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
         for size in ("tiny", *(f"large_{2**n}" for n in (7, 9, 10, 12)))

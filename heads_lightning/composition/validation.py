@@ -17,6 +17,7 @@ from heads_lightning.configs.base import DType
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMLossImplementation, heads
 from heads_lightning.configs.objective import objectives
+from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.registry import ConfigError
 
 FIM_LEAST = 8
@@ -33,6 +34,7 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     """What of this experiment cannot work together, one sentence each."""
     yield from _attention(config)
     yield from _prediction(config)
+    yield from _values(config)
     yield from _tied(config)
     yield from _vocabulary(config)
     yield from _lengths(config)
@@ -69,6 +71,20 @@ def _prediction(config: ExperimentConfig) -> Iterator[str]:
             f"objective={config.objective.name} predicts a {wanted}, but head={config.head.name} scores a {scored}; "
             f"use {_either(able)}, or {_either(fitting)}"
         )
+
+
+def _values(config: ExperimentConfig) -> Iterator[str]:
+    objective, head = config.objective, config.head
+    if not isinstance(objective, ValueConfig):
+        return
+    if not config.data.has_records and objective.needs_records:
+        yield (
+            f"{objective.needs_records} needs numbers that data={config.data.name} does not hold: use data=jsonl or data=parquet, whose "
+            f"records have them, or objective.target=outcome objective.loss=mse"
+        )
+    if isinstance(head, ValueHeadConfig) and head.lm_weight and (objective.pairwise or objective.bidirectional):
+        kind = "objective.loss=bradley_terry" if objective.pairwise else "objective.bidirectional=true"
+        yield f"head.lm_weight={head.lm_weight} predicts the next token, which has no meaning with {kind}; use head.lm_weight=0"
 
 
 def _either(names: list[str]) -> str:

@@ -6,12 +6,14 @@ from heads_lightning.configs import (
     evaluation,
     experiment,
     head,
+    huggingface,
     objective,
     optimizer,
     schedule,
     tokenizer,
     tracking,
     trainer,
+    value,
 )
 from heads_lightning.configs.experiment import ExperimentConfig
 
@@ -22,10 +24,12 @@ __all__ = [
     "evaluation",
     "experiment",
     "head",
+    "huggingface",
     "objective",
     "optimizer",
     "schedule",
     "tokenizer",
     "tracking",
     "trainer",
+    "value",
 ]
