@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from objective_data import vocabulary, windows
 
 from heads_lightning.batch import IGNORE, PADDING
-from heads_lightning.configs.objective import EncoderDecoderSpanCorruptionConfig, PrefixLMConfig, SpanCorruptionConfig, SpanEdges
+from heads_lightning.configs.objective import Form, PrefixLMConfig, SpanCorruptionConfig, SpanEdges
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.objectives.span_corruption import _compositions, restore
 from heads_lightning.registry import ConfigError
@@ -31,7 +31,7 @@ class TestSpanCorruption:
     )
     def test_lengths_of_seqio(self, rate, mean, inputs, raw, targets):
         """At a rate of exactly 0.5 seqio takes one token off (766, 512), so that the target is not longer than the input; here not."""
-        objective = EncoderDecoderSpanCorruptionConfig(rate=rate, mean_length=mean, edges=SpanEdges.seqio).build(
+        objective = SpanCorruptionConfig(form=Form.encoder_decoder, rate=rate, mean_length=mean, edges=SpanEdges.seqio).build(
             dataclasses.replace(vocabulary(), sentinels=tuple(range(7, 207)))
         )
         assert objective.window(inputs).length == raw
@@ -41,7 +41,8 @@ class TestSpanCorruption:
     @given(st.floats(0.02, 0.9), st.floats(1, 20), st.integers(6, 90), st.sampled_from(list(SpanEdges)), st.booleans())
     def test_every_example_gives_back_its_window(self, rate, mean, length, edges, encoder_decoder):
         v = vocabulary()
-        config = (EncoderDecoderSpanCorruptionConfig if encoder_decoder else SpanCorruptionConfig)(rate=rate, mean_length=mean, edges=edges)
+        form = Form.encoder_decoder if encoder_decoder else Form.decoder_only
+        config = SpanCorruptionConfig(form=form, rate=rate, mean_length=mean, edges=edges)
         objective = config.build(v)
         raw, examples = make(objective, length, range(20))
         hidden, spans = objective.counts(raw.shape[1])
@@ -69,7 +70,7 @@ class TestSpanCorruption:
     def test_statistics(self, edges):
         """seqio: the first token is never hidden, the last always. uniform: each token equally often."""
         v = vocabulary()
-        objective = EncoderDecoderSpanCorruptionConfig(edges=edges).build(v)
+        objective = SpanCorruptionConfig(form=Form.encoder_decoder, edges=edges).build(v)
         count = 6000
         length = objective.window(64).length
         raw = np.tile(np.arange(200, 200 + length), (count, 1))

@@ -42,7 +42,7 @@ def _attention(config: ExperimentConfig) -> Iterator[str]:
     wanted, supported = config.objective.attention, config.backbone.attention_supported()
     if wanted not in supported:
         able = [f"backbone={name}" for name, cls in backbones.items() if wanted in cls.supports]
-        fitting = [f"objective={name}" for name, cls in objectives.items() if cls.attention in supported]
+        fitting = [f"objective={name}" for name, cls in objectives.items() if ({cls.attention} | cls.other_attention) & supported]
         yield (
             f"objective={config.objective.name} needs {wanted} attention, which backbone={config.backbone.name} does not give "
             f"(it gives {', '.join(sorted(supported)) or 'none'}); use {_either(able)}, or {_either(fitting)}"
