@@ -65,9 +65,13 @@ class T5Head(LMHead):
 
     def projection(self) -> Projection:
         """The matrix and bias in the loss's type."""
+        return self.projection_of(self.w_out.matrix())
+
+    def projection_of(self, weight_VD: Tensor) -> Projection:
+        """The projection with another matrix: of a tied head whose embedding lies elsewhere."""
         bias_V = self.w_out.bias
         return Projection(
-            self._in_loss_dtype(self.w_out.matrix()),
+            self._in_loss_dtype(weight_VD),
             None if bias_V is None else self._in_loss_dtype(bias_V),
             self.config.logit_softcap,
             self.vocab_size,
