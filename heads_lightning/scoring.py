@@ -117,12 +117,10 @@ def _evaluate_spans(model: TrainedModel, prepared: PreparedData, report: Report)
     if isinstance(model.config.data, RepeatConfig):
         questions = [_copy_question(text) for text in islice(prepared.texts("validation"), COPIES)]
         report.hidden_lines = len(questions)
-        report.copy_accuracy_prefix, report.copy_accuracy_infill = (
-            _share_right(
-                model, questions, span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=_longest(model, questions))
-            )
-            for shown in (False, True)
-        )
+        longest = _longest(model, questions)
+        outputs = [span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=longest) for shown in (False, True)]
+        shares = [_share_right(model, questions, output) for output in outputs]
+        report.copy_accuracy_prefix, report.copy_accuracy_infill = shares
         return Outcome(report, [])
     held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
     questions = hidden_lines(held_out, model.config.evaluation)
@@ -286,7 +284,8 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
         return span_filling.infill(model, prefix, suffix, request)
     if not can_infill(model) or not isinstance(objective, FIMConfig):
         raise ConfigError(
-            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim, or backbone=t5 with objective=span_corruption"
+            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim, "
+            f"or with backbone=t5 objective=span_corruption"
         )
     layout = request.layout or default_layout(objective)
     trained = trained_layouts(objective)
