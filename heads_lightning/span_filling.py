@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
-from heads_lightning.configs.objective import ObjectiveConfig, SpanCorruptionConfig, UL2Config
+from heads_lightning.configs.objective import ObjectiveConfig, PrefixLMConfig, SpanCorruptionConfig, UL2Config
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import HiddenLine, bits_per_byte, clip_context
 from heads_lightning.experiment import TrainedModel
@@ -30,6 +30,11 @@ def fills_spans(objective: ObjectiveConfig) -> bool:
         isinstance(objective, UL2Config) and objective.r_weight + objective.x_weight > 0
     )
     return trained and objective.attention == Attention.encoder_decoder
+
+
+def continues_text(objective: ObjectiveConfig) -> bool:
+    """True for what teaches an encoder-decoder to go on from a text that its encoder has read."""
+    return isinstance(objective, PrefixLMConfig) and objective.attention == Attention.encoder_decoder
 
 
 def source(model: TrainedModel, question: HiddenLine, *, with_suffix: bool, room: int | None = None) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from heads_lightning.batch import Attention
+from heads_lightning.commands import generate as generate_command
 from heads_lightning.commands import infill as infill_command
 from heads_lightning.composition import compose, from_yaml
 from heads_lightning.configs.objective import Form
@@ -85,7 +86,9 @@ def test_it_goes_on_exactly_where_it_stopped(tiny: list[str], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("objective", ["prefix_lm", "ul2"])
-def test_other_objectives_train_and_end_cleanly(tiny: list[str], tmp_path: Path, objective: str) -> None:
+def test_other_objectives_train_and_end_cleanly(
+    tiny: list[str], tmp_path: Path, objective: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     overrides = [o for o in tiny if not o.startswith("evaluation.")]
     sizes = ["data.sequence_length=128", "trainer.max_steps=2", "trainer.val_every_steps=2"]
     result = train(compose([*overrides, *T5, f"objective={objective}", *EVALUATED, *sizes]), tmp_path / "run")
@@ -93,6 +96,13 @@ def test_other_objectives_train_and_end_cleanly(tiny: list[str], tmp_path: Path,
     assert result.report is not None
     assert (result.report.infill_bits_per_byte is not None) == (objective == "ul2")
     assert "Traceback" not in report_text(result.report, [])
+    request = [f"checkpoint={tmp_path / 'run'}", "max_new_tokens=5", "--", "import os"]
+    if objective == "prefix_lm":
+        generate_command.main(request)
+        assert capsys.readouterr().out.startswith("import os")
+    else:
+        with pytest.raises(ConfigError, match="cannot continue a text"):
+            generate_command.main(request)
 
 
 @pytest.mark.parametrize(

@@ -270,9 +270,8 @@ class T5(Backbone):
 
     def new_cache(self, batch_size: int, max_length: int) -> T5Cache:
         assert self.decoder is not None
-        like = next(self.decoder.parameters())
-        attention = cast(DecoderBlock, next(iter(self.decoder))).attention
-        heads = local_rows(attention.key.weight) // self.config.width_of_head
+        like = _local(cast(DecoderBlock, next(iter(self.decoder))).attention.key.weight)
+        heads = like.shape[0] // self.config.width_of_head
         layers, head_dim = len(self.decoder.blocks), self.config.width_of_head
         return T5Cache(KeyValueCache(layers=layers, batch=batch_size, heads=heads, max_length=max_length, head_dim=head_dim, like=like))
 
@@ -349,9 +348,9 @@ class T5(Backbone):
         return made
 
 
-def local_rows(weight: Tensor) -> int:
-    """Rows of a weight that this rank holds."""
-    return weight.to_local().shape[0] if hasattr(weight, "to_local") else weight.shape[0]  # pyright: ignore[reportAttributeAccessIssue]
+def _local(weight: Tensor) -> Tensor:
+    """The part of a weight that this rank holds: tensor parallelism gives each some of the heads."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _length_of(cache: T5Cache | None) -> int:
