@@ -299,8 +299,9 @@ def check_ranks(rank: int, world: int) -> None:
         got.backward()
         for name, parameter in ranks.named_parameters():
             grad: Any = parameter.grad
-            grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-            assert near(grad, dict(one.named_parameters())[name].grad), f"rank {rank}, {preset}: gradient of {name}"
+            grad, wanted = grad.full_tensor() if hasattr(grad, "full_tensor") else grad, dict(one.named_parameters())[name].grad
+            floor = 1e-12  # a bias of all keys shifts a row of scores: its gradient is 0 but for rounding
+            assert (grad - wanted).abs().max() <= 1e-9 * wanted.abs().max() + floor, f"rank {rank}, {preset}: gradient of {name}"
         logits, shard = one(ENCODER, DECODER), ranks(ENCODER, DECODER)
         assert shard.shape[-1] == (V + 1) // 2 - rank
         assert near(gathered(ENCODER, DECODER), logits)

@@ -10,11 +10,13 @@ batch, each contestant in a process of its own. With --masks every row is padded
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,10 +92,22 @@ def contestants(arguments: argparse.Namespace) -> dict[str, Callable[[], tuple[C
 def peak(arguments: argparse.Namespace, name: str, queue: Any) -> None:
     """MiB that a step adds to the largest resident set."""
     step, _ = contestants(arguments)[name]()
-    step(16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2):  # the libraries' own buffers
+        step(16)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
     step(SOURCE)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(resident("VmHWM") - before)
+
+
+def resident(key: str) -> float:
+    """A line of /proc/self/status in MiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
 
 
 def timed(step: Callable[[int], None]) -> float:

@@ -26,12 +26,13 @@ def check_backbone(config: BackboneConfig, *, vocab_size: int = 61) -> None:
     model = enlarged(config, vocab_size)
     assert list(model.embedding.weight.shape) == [vocab_size, config.d_model], "the embedding is not [V, D]"
     assert (model.d_model, model.supports) == (config.d_model, type(config).supports), "module and config disagree on d_model or supports"
-    for attention in supported:
-        if attention == Attention.encoder_decoder:
-            check_encoder_decoder(model)
-        else:
-            _check_sight(model, attention)
-            _check_packing_and_padding(model, attention)
+    one_sequence = [attention for attention in supported if attention != Attention.encoder_decoder]
+    for attention in one_sequence:
+        _check_sight(model, attention)
+    for attention in one_sequence:
+        _check_packing_and_padding(model, attention)
+    if len(one_sequence) < len(supported):
+        check_encoder_decoder(model)
     if reads_on := {Attention.causal, Attention.prefix} & set(supported):
         _check_cache(model, min(reads_on))
     _check_backbone_training(config, supported[0], vocab_size)
