@@ -99,6 +99,7 @@ def test_other_objectives_train_and_end_cleanly(
     assert (result.report.infill_bits_per_byte is not None) == (objective == "ul2")
     assert "Traceback" not in report_text(result.report, [])
     request = [f"checkpoint={tmp_path / 'run'}", "max_new_tokens=5", "--", "import os"]
+    capsys.readouterr()
     if objective == "prefix_lm":
         generate_command.main(request)
         assert capsys.readouterr().out.startswith("import os")
