@@ -49,7 +49,7 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
     generator = torch.Generator(device=device).manual_seed(config.seed)
     backbone.reset_parameters(generator)
     head.reset_parameters(generator)
-    if getattr(config.head, "tie_embeddings", False):
+    if config.head.is_tied:
         assert isinstance(head, LMHead | ValueHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
     return backbone, head
@@ -57,7 +57,7 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
 
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
     """The head that fits a backbone."""
-    embedding = backbone.embedding if getattr(config.head, "tie_embeddings", False) else None
+    embedding = backbone.embedding if config.head.is_tied else None
     where = {"d_model": backbone.d_model, "vocab_size": vocab_size, "init_device": init_device, "embedding": embedding}
     if isinstance(config.head, ValueHeadConfig):
         assert isinstance(config.objective, ValueConfig)  # validated: objective and head predict the same

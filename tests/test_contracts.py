@@ -97,6 +97,11 @@ def test_objective_with_options(config: ObjectiveConfig) -> None:
     check_objective(config)
 
 
+@pytest.mark.parametrize("name", [name for name, cls in objectives.items() if Attention.encoder_decoder in cls.other_attention])
+def test_objective_for_an_encoder_decoder(name: str) -> None:
+    check_objective(objectives[name]().fitted(frozenset({Attention.encoder_decoder})), sequence_length=32)
+
+
 # --------------------------------------------------------------------------------------------- each check notices what it is for
 
 

@@ -4,6 +4,7 @@ from heads_lightning.heads.base import Head, HeadLoss, LMHead, LMOutputWithLoss,
 from heads_lightning.heads.default import DefaultLMHead
 from heads_lightning.heads.mlm import MLMHead
 from heads_lightning.heads.normalized import NormalizedLMHead
+from heads_lightning.heads.t5 import T5Head
 from heads_lightning.heads.value import ValueHead
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "LMOutputWithMetrics",
     "MLMHead",
     "NormalizedLMHead",
+    "T5Head",
     "ValueHead",
 ]
