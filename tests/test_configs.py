@@ -48,7 +48,8 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & cls().attention_supported())
+            given = cls().attention_supported()
+            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & given)
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 
