@@ -26,7 +26,7 @@ from heads_lightning.experiment import Experiment, build, build_model
 from heads_lightning.planning import Plan, plan
 from heads_lightning.registry import ConfigError
 from heads_lightning.testing import check_head
-from heads_lightning.testing.backbones import check_isolation, check_sight, enlarged
+from heads_lightning.testing.backbones import check_encoder_decoder, check_isolation, check_sight, enlarged
 from heads_lightning.testing.leaks import check_leaks
 from heads_lightning.training.trainer import resolve_precision
 
@@ -249,7 +249,8 @@ class Probes:
         if attention == Attention.causal:
             return check_leaks(small, steps=0)
         if attention == Attention.encoder_decoder:
-            raise Skipped("the encoder sees all of its input by design; the decoder's order is a test of the package")
+            check_encoder_decoder(enlarged(small))
+            return "the decoder sees the encoder and what it has written, of its own segment; nothing else"
         check_sight(enlarged(small), attention)
         return f"{attention}: each position sees what it should, and nothing else"
 
@@ -257,7 +258,7 @@ class Probes:
         """Packed documents and padding change nothing of each other."""
         attention = self.experiment.objective.attention
         if attention == Attention.encoder_decoder:
-            raise Skipped("for encoder-decoders a test of the package")
+            raise Skipped("part of `sight` for encoder-decoders")
         check_isolation(enlarged(toy(self.config.backbone)), attention)
         return "packed documents do not see each other; padding on either side changes nothing"
 

@@ -80,6 +80,8 @@ class Activation(StrEnum):
 
     silu = "silu"
     gelu = "gelu"
+    gelu_tanh = "gelu_tanh"
+    """GELU by its tanh approximation (GPT-2, T5.1.1)."""
     relu = "relu"
     relu_squared = "relu_squared"
 
