@@ -20,7 +20,15 @@ from heads_lightning.configs.objective import objectives
 from heads_lightning.registry import ConfigError, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = {"tokenizer=huggingface": ["tokenizer.path=tokenizer.json"]}
+NEEDED = {
+    "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+    "backbone=huggingface": ["backbone.source=some/model"],
+    **{
+        f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
+        for size in ("tiny", *(f"large_{2**n}" for n in (7, 9, 10, 12)))
+    },
+    **{f"backbone=t5_{size}": ["objective=span_corruption"] for size in ("tiny", "small", "base", "large", "xl", "xxl")},
+}
 """Overrides without which an option is not complete."""
 
 prepare_store()
@@ -32,8 +40,6 @@ def fitting(option: str) -> list[str]:
     group, name = option.split("=")
     chosen = {group: name}
     cls = group_options(group)[name]
-    if group == "backbone" and isinstance(cls, Path):  # a size of an option
-        cls = backbones[yaml.safe_load(cls.read_text())["defaults"][0]]
     if isinstance(cls, type):
         if group == "objective":
             chosen["head"] = next(n for n, c in Registry.groups["head"].items() if c.predicts == cls.predicts)
@@ -41,7 +47,8 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & cls.supports)
+            supported = cls().attention_supported()
+            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & supported)
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 

@@ -6,6 +6,7 @@ from heads_lightning.configs import (
     evaluation,
     experiment,
     head,
+    huggingface,
     objective,
     optimizer,
     schedule,
@@ -13,6 +14,7 @@ from heads_lightning.configs import (
     tokenizer,
     tracking,
     trainer,
+    value,
 )
 from heads_lightning.configs.experiment import ExperimentConfig
 
@@ -23,6 +25,7 @@ __all__ = [
     "evaluation",
     "experiment",
     "head",
+    "huggingface",
     "objective",
     "optimizer",
     "schedule",
@@ -30,4 +33,5 @@ __all__ = [
     "tokenizer",
     "tracking",
     "trainer",
+    "value",
 ]
