@@ -47,10 +47,10 @@ __all__ = [
     "t5_position_ids",
 ]
 _LATER = {
-    "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
     "composition": ("compose",),
     "bigs_config": ("BiGSConfig",),
     "bigs_models": ("BiGSForCausalLM", "BiGSForMaskedLM", "BiGSModel"),
+    "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
     "configs.t5": ("T5Config",),
     "heads.value": ("ValueHead",),
     "t5_model": ("T5LMHead", "T5Model"),

@@ -27,7 +27,6 @@ NEEDED = {
         f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
         for size in ("tiny", *(f"large_{2**n}" for n in (7, 9, 10, 12)))
     },
-    **{f"backbone=t5_{size}": ["objective=span_corruption"] for size in ("tiny", "small", "base", "large", "xl", "xxl")},
 }
 """Overrides without which an option is not complete."""
 
@@ -40,6 +39,8 @@ def fitting(option: str) -> list[str]:
     group, name = option.split("=")
     chosen = {group: name}
     cls = group_options(group)[name]
+    if group == "backbone" and isinstance(cls, Path):  # a size of an option
+        cls = backbones[yaml.safe_load(cls.read_text())["defaults"][0]]
     if isinstance(cls, type):
         if group == "objective":
             chosen["head"] = next(n for n, c in Registry.groups["head"].items() if c.predicts == cls.predicts)
@@ -47,8 +48,8 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            supported = cls().attention_supported()
-            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & supported)
+            given = cls().attention_supported()
+            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & given)
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 

@@ -1,6 +1,6 @@
 """Train left-to-right on pure noise, with and without a leak; results/losses.json and leak.png.
 
-    python experiments/leak/study.py [--steps 400] [--seeds 2]
+python experiments/leak/study.py [--steps 400] [--seeds 2]
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _either(names: list[str]) -> str:
 
 
 def _tied(config: ExperimentConfig) -> Iterator[str]:
-    tied, dtype = getattr(config.head, "is_tied", False), getattr(config.head, "dtype", DType.float32)
+    tied, dtype = config.head.is_tied, getattr(config.head, "dtype", DType.float32)
     if tied and dtype != DType.float32:
         yield f"head.tie_embeddings=true shares the backbone's float32 embedding, so head.dtype={dtype} cannot hold; use head.dtype=float32"
 

@@ -50,7 +50,7 @@ class HeadConfig(Option):
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head will project with the backbone's embedding."""
+        """True when the projection is the backbone's embedding."""
         return bool(getattr(self, "tie_embeddings", False))
 
 
