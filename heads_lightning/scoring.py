@@ -107,9 +107,11 @@ def evaluate(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> O
     """The whole protocol, as far as the model goes."""
     config = model.config.evaluation
     report = Report()
+    if isinstance(prepared, PreparedRecords):
+        return Outcome(report, [])
     if fills_spans(model.config.objective):
         return _evaluate_spans(model, prepared, report)
-    if not can_read_left_to_right(model) or isinstance(prepared, PreparedRecords):
+    if not can_read_left_to_right(model):
         return Outcome(report, [])
     if isinstance(model.config.data, RepeatConfig):
         _copy_accuracy(model, prepared, report)
