@@ -63,7 +63,9 @@ class Plan(NamedTuple):
         return self.flops / flops_per_second
 
 
-def plan(config: ExperimentConfig, *, vocab_size: int, training_tokens: int, sample: Examples, attention: Attention, precision: str) -> Plan:
+def plan(
+    config: ExperimentConfig, *, vocab_size: int, training_tokens: int, sample: Examples, attention: Attention, precision: str
+) -> Plan:
     """The costs of `config`.
 
     Args:
@@ -110,7 +112,15 @@ def _parameters(backbone: nn.Module, head: nn.Module) -> dict[str, int]:
 
 
 def _memory(
-    config: ExperimentConfig, backbone: Any, head: Any, *, vocab_size: int, sample: Examples, attention: Attention, precision: str, share: float
+    config: ExperimentConfig,
+    backbone: Any,
+    head: Any,
+    *,
+    vocab_size: int,
+    sample: Examples,
+    attention: Attention,
+    precision: str,
+    share: float,
 ) -> Memory:
     weights = sum(_bytes(p) for p in {id(p): p for p in (*backbone.parameters(), *head.parameters())}.values())
     rows = min(config.trainer.micro_batch_size, config.trainer.global_batch_size // config.trainer.world_size)

@@ -25,7 +25,7 @@ CASES = {
 }
 
 
-def live_tensors():  # noqa: ANN201
+def live_tensors():
     """A dispatch mode whose `peak` is the largest sum of live storages."""
     import weakref
 
@@ -38,7 +38,7 @@ def live_tensors():  # noqa: ANN201
             super().__init__()
             self.live, self.peak, self.sizes = 0, 0, {}
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for tensor in tree_iter(out):
                 if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
@@ -65,7 +65,7 @@ def child(overrides: list[str]) -> None:
     from heads_lightning.training.optimizers import build_optimizer
     from heads_lightning.training.trainer import resolve_precision
 
-    def steps(config, count):  # noqa: ANN001, ANN202
+    def steps(config, count):
         parts = build(config, say=lambda line: None)
         backbone, head = parts.module.backbone.train(), parts.module.head.train()
         optimizer = build_optimizer(config.optimizer, backbone, head)
