@@ -65,6 +65,14 @@ def from_yaml(source: str | Path) -> ExperimentConfig:
     return config
 
 
+def rebuild(cls: type, tree: dict[str, Any], where: str) -> Any:
+    """One part of a saved configuration, e.g. a BackboneConfig; `where` names the file in messages. Errors as in from_yaml."""
+    from heads_lightning.composition.store import prepare_store
+
+    prepare_store()
+    return _rebuild(cls, tree, "", where)
+
+
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)

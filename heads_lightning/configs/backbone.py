@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,8 +75,95 @@ class Activation(StrEnum):
 
     silu = "silu"
     gelu = "gelu"
+    """Exact, by the error function."""
+    gelu_tanh = "gelu_tanh"
+    """Approximated by tanh, as GPT-2 has it."""
     relu = "relu"
     relu_squared = "relu_squared"
+
+
+class NormPlacement(StrEnum):
+    """Where a block has its two norms; f is attention, then the feed-forward part."""
+
+    pre = "pre"
+    """h + f(norm(h)), and a norm at the end (GPT-2, Llama)."""
+    post = "post"
+    """norm(h + f(h)), none at the end (BERT)."""
+    reordered = "reordered"
+    """h + norm(f(h)), and a norm at the end (OLMo 2, arXiv 2501.00656)."""
+
+
+class AttentionBias(StrEnum):
+    """Which projections of attention have biases."""
+
+    none = "none"
+    qkv = "qkv"
+    """Queries, keys and values (Qwen2)."""
+    all = "all"
+    """The output projection too."""
+
+
+class QKNormWidth(StrEnum):
+    """Over what a norm of queries and keys is taken."""
+
+    head = "head"
+    """Each head by itself, all heads with the same scales (Qwen3)."""
+    full = "full"
+    """All heads together (OLMo 2)."""
+
+
+class RotaryScalingType(StrEnum):
+    """How rotary frequencies are stretched for sequences longer than those trained on."""
+
+    linear = "linear"
+    """All of them, by the factor (position interpolation, arXiv 2306.15595)."""
+    llama3 = "llama3"
+    """Low frequencies by the factor, high ones not at all, a ramp between (Llama 3.1)."""
+    yarn = "yarn"
+    """A ramp over dimensions instead, and a higher temperature (arXiv 2309.00071)."""
+
+
+@dataclass
+class RotaryScaling:
+    """A stretch of the rotary frequencies."""
+
+    type: RotaryScalingType = RotaryScalingType.linear
+    """The rule."""
+    factor: float = 1.0
+    """How many times longer sequences may become."""
+    original_positions: int = 8192
+    """Positions that the model was trained on before (llama3, yarn)."""
+    low_frequency_factor: float = 1.0
+    """Turns within original_positions up to which a frequency is fully stretched (llama3)."""
+    high_frequency_factor: float = 4.0
+    """Turns from which on it is not stretched (llama3)."""
+    slow_turns: float = 1.0
+    """As low_frequency_factor (yarn, its beta_slow)."""
+    fast_turns: float = 32.0
+    """As high_frequency_factor (yarn, its beta_fast)."""
+    whole_dimensions: bool = True
+    """Round the ends of the ramp outwards to whole dimensions (yarn)."""
+    attention_factor: float | None = None
+    """Multiplies the rotated queries and keys (yarn). None: 0.1·ln(factor) + 1."""
+
+    @property
+    def temperature(self) -> float:
+        """attention_factor in effect."""
+        if self.type != RotaryScalingType.yarn:
+            return 1.0
+        return 0.1 * math.log(max(self.factor, 1.0)) + 1.0 if self.attention_factor is None else self.attention_factor
+
+
+@dataclass
+class LocalAttention:
+    """Layers that see near positions alone."""
+
+    window: int = 128
+    """A position sees those at a distance below this: itself and window - 1 before it (and as many after it, where it may look ahead)."""
+    global_layers: list[int] = dataclasses.field(default_factory=list)
+    """Layers, counted from 0, that see everything all the same."""
+    rotary_base: float | None = None
+    """Base of the rotary frequencies of local layers, never scaled. None: rotary_base and rotary_scaling, as in the others."""
 
 
 _ANY = frozenset({Attention.causal, Attention.bidirectional, Attention.prefix})
@@ -83,7 +172,10 @@ _ANY = frozenset({Attention.causal, Attention.bidirectional, Attention.prefix})
 @backbones.register("transformer")
 @dataclass
 class TransformerConfig(BackboneConfig):
-    """A pre-norm transformer, causal, bidirectional or prefix as the objective asks."""
+    """A transformer, causal, bidirectional or prefix as the objective asks.
+
+    As it stands, it is Llama's; its options make it GPT-2, BERT, ModernBERT, Mistral, Qwen2, Qwen3 or OLMo 2 to the bit.
+    """
 
     supports: ClassVar[frozenset[Attention]] = _ANY
 
@@ -108,14 +200,36 @@ class TransformerConfig(BackboneConfig):
     """Kind of norm before attention, before the feed-forward part, and at the end."""
     norm_eps: float = 1e-5
     """Added to the variance before the root."""
+    norm_placement: NormPlacement = NormPlacement.pre
+    """Where a block has its norms."""
+    embedding_norm: bool = False
+    """A norm of the embedding. The first block, if pre-norm, then has none before its attention (ModernBERT)."""
     qk_norm: bool = False
-    """RMS norm of each head's queries and keys (arXiv 2302.05442)."""
+    """RMS norm of queries and keys (arXiv 2302.05442)."""
+    qk_norm_width: QKNormWidth = QKNormWidth.head
+    """Over what qk_norm is taken."""
     bias: bool = False
-    """Biases in the linear layers (and in layer_norm)."""
+    """Biases in the linear layers (and in layer_norm), where the next three do not say otherwise."""
+    attention_bias: AttentionBias | None = None
+    """Biases of attention. None: all or none, as `bias`."""
+    feed_forward_bias: bool | None = None
+    """Biases of the feed-forward part. None: as `bias`."""
+    norm_bias: bool | None = None
+    """Shifts of layer_norm. None: as `bias`."""
+    attention_scale: float | None = None
+    """Multiplies the products of queries and keys. None: 1/sqrt(width of a head)."""
+    local_attention: LocalAttention | None = None
+    """Layers with a sliding window. None: every layer sees everything."""
+    embedding_scale: float = 1.0
+    """Multiplies the embedding; sqrt(d_model) in the original transformer."""
+    token_types: int = 0
+    """Rows of a second embedding (BERT's segment ids; 2 there). Every position here is of type 0. 0: no such embedding."""
     position: Position = Position.rotary
     """How positions are told apart."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rotary_scaling: RotaryScaling | None = None
+    """Stretch of the rotary frequencies for longer sequences. None: none."""
     max_positions: int = 2048
     """Longest sequence with position=learned; size of the table. Others have no limit."""
     dropout: float = 0.0
@@ -128,6 +242,8 @@ class TransformerConfig(BackboneConfig):
         for field in ("d_model", "num_layers", "num_heads", "max_positions"):
             self.require(getattr(self, field) >= 1, field, "1 or more")
         self.require(0 <= self.dropout < 1, "dropout", "0 <= dropout < 1")
+        self.require(self.token_types >= 0, "token_types", "0 or more")
+        self._check_local_attention()
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError(
                 f"backbone.d_model={self.d_model} is not divisible by backbone.num_heads={self.num_heads}; "
@@ -138,10 +254,33 @@ class TransformerConfig(BackboneConfig):
         if self.position == Position.rotary and self.width_of_head % 2:
             raise ConfigError(f"rotary positions need an even head width, not {self.width_of_head}; set backbone.head_dim")
 
+    def _check_local_attention(self) -> None:
+        if self.local_attention is None:
+            return
+        if self.local_attention.window < 1:
+            raise ConfigError(f"backbone.local_attention.window={self.local_attention.window} is out of range; it takes 1 or more")
+        beyond = [layer for layer in self.local_attention.global_layers if not 0 <= layer < self.num_layers]
+        if beyond:
+            raise ConfigError(
+                f"backbone.local_attention.global_layers names {beyond}, but backbone.num_layers={self.num_layers}; layers count from 0"
+            )
+
     @property
     def kv_heads(self) -> int:
         """Key/value heads in effect."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def biases_of_attention(self) -> AttentionBias:
+        """attention_bias in effect."""
+        if self.attention_bias is not None:
+            return self.attention_bias
+        return AttentionBias.all if self.bias else AttentionBias.none
+
+    @property
+    def has_feed_forward_bias(self) -> bool:
+        """feed_forward_bias in effect."""
+        return self.bias if self.feed_forward_bias is None else self.feed_forward_bias
 
     @property
     def width_of_head(self) -> int:
@@ -158,7 +297,19 @@ class TransformerConfig(BackboneConfig):
 
     def norm_config(self) -> LayerNormConfig:
         """The norm that the blocks use."""
-        return LayerNormConfig(name=self.norm, eps=self.norm_eps, bias=self.bias)
+        return LayerNormConfig(name=self.norm, eps=self.norm_eps, bias=self.bias if self.norm_bias is None else self.norm_bias)
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees its window alone."""
+        return self.local_attention is not None and layer not in self.local_attention.global_layers
+
+    @property
+    def num_norms(self) -> int:
+        """Norms of width d_model."""
+        if self.norm_placement == NormPlacement.post:
+            return 2 * self.num_layers + self.embedding_norm
+        first_is_left_out = self.embedding_norm and self.norm_placement == NormPlacement.pre
+        return 2 * self.num_layers + 1 + self.embedding_norm - first_is_left_out
 
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         from heads_lightning.backbones.transformer import Transformer
@@ -173,12 +324,14 @@ class TransformerConfig(BackboneConfig):
 
     def num_params(self, vocab_size: int) -> int:
         d, h, k, e, f = self.d_model, self.num_heads, self.kv_heads, self.width_of_head, self.ff_dim
-        norm = self.norm_config().num_params(d)
-        inner_biases = e * (h + 2 * k) + (2 if self.feed_forward == FeedForward.gated else 1) * f
-        biases = inner_biases + 2 * d if self.bias else 0
-        positions = self.max_positions * d if self.position == Position.learned else 0
-        vectors = self.num_layers * (2 * norm + biases + (2 * e if self.qk_norm else 0)) + norm
-        return vocab_size * d + positions + self._matrix_params() + vectors
+        attention = {AttentionBias.none: 0, AttentionBias.qkv: e * (h + 2 * k), AttentionBias.all: e * (h + 2 * k) + d}
+        biases = attention[self.biases_of_attention]
+        if self.has_feed_forward_bias:
+            biases += (2 if self.feed_forward == FeedForward.gated else 1) * f + d
+        if self.qk_norm:
+            biases += 2 * e if self.qk_norm_width == QKNormWidth.head else (h + k) * e
+        tables = vocab_size + self.token_types + (self.max_positions if self.position == Position.learned else 0)
+        return tables * d + self._matrix_params() + self.num_layers * biases + self.num_norms * self.norm_config().num_params(d)
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         return 6 * self._matrix_params() + 12 * self.num_layers * self.num_heads * self.width_of_head * sequence_length

@@ -1,0 +1,39 @@
+"""model_type=heads_lightning: any native model under its own names, opened by classes that this package registers.
+
+For what no architecture of `transformers` expresses (nGPT, a normalized head, a projection with a bias). config.json holds our configs as
+plain values and names no code; `import heads_lightning.conversion.auto` makes `AutoModelForCausalLM` and `AutoModelForMaskedLM` know it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from heads_lightning.composition.saved import plain, rebuild
+from heads_lightning.configs.backbone import BackboneConfig
+from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel, needed, rename
+from heads_lightning.conversion.mapping import StateMappingTemplate
+
+
+class Own(Family):
+    """`HeadsLightningForCausalLM`."""
+
+    name = "heads_lightning"
+    architecture = "HeadsLightningForCausalLM"
+    prefix = "backbone."
+    head_prefixes = ("head.",)
+    left_out = {}
+
+    def native(self, config: HFConfig) -> NativeModel:
+        backbone = rebuild(BackboneConfig, needed(config, "backbone"), "config.json")
+        head = rebuild(LMHeadConfig, needed(config, "head"), "config.json")
+        return NativeModel(backbone, head, needed(config, "vocab_size"))
+
+    def describe(self, model: NativeModel) -> dict[str, Any]:
+        parts = {"backbone": plain(model.backbone), "head": plain(model.head)}
+        return {"vocab_size": model.vocab_size, "hidden_size": model.backbone.d_model, **parts}
+
+    def templates(self, model: NativeModel) -> list[StateMappingTemplate]:
+        from heads_lightning.conversion.native import NativeLM
+
+        return [rename(name, name) for name in NativeLM(model, device="meta").state_dict()]
