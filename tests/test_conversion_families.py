@@ -15,6 +15,7 @@ from heads_lightning.configs.backbone import NGPTConfig, TransformerConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig, NormalizedLMHeadConfig
 from heads_lightning.conversion import StateConverter
 from heads_lightning.conversion.families import FAMILIES, OWN, Family, NativeModel, family_of_config, family_of_model
+from heads_lightning.conversion.folders import special_tokens
 from heads_lightning.conversion.native import NativeLM, check_shapes
 from heads_lightning.registry import ConfigError
 
@@ -142,7 +143,7 @@ def test_both_directions(case: str) -> None:
     assert all(torch.equal(back[name], want[name]) for name in want)
     assert family.refusal(native) is None
     assert family_of_model(native).refusal(native) is None
-    config = transformers.AutoConfig.for_model(family.name, **family.describe(native))
+    config = transformers.AutoConfig.for_model(family.name, **family.describe(native), **special_tokens(None))
     again = getattr(transformers, family.auto_class).from_config(config)
     missing, unexpected = again.load_state_dict(back, strict=False)
     assert set(missing) <= set(family.copies(native)) | {name for name in missing if family.reason_left_out(name)}
@@ -168,7 +169,6 @@ def test_older_spellings_are_read() -> None:
     modern = BERT | {"model_type": "modernbert", "global_rope_theta": 5000.0, "local_rope_theta": 100.0, "num_hidden_layers": 4}
     backbone = FAMILIES["modernbert"].native(modern).backbone
     assert isinstance(backbone, TransformerConfig)
-    assert backbone.local_attention is not None
     assert (backbone.rotary_base, backbone.local_attention.rotary_base, backbone.local_attention.global_layers) == (5000.0, 100.0, [0, 3])
 
 
@@ -185,9 +185,11 @@ def test_older_spellings_are_read() -> None:
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(kind: str, fields: dict[str, Any], message: str) -> None:
+    def describe(config: dict[str, Any]) -> NativeModel:
+        return family_of_config(config).native(config)
+
     with pytest.raises(ConfigError, match=message):
-        config = {"model_type": kind, **LLAMA, **fields}
-        family_of_config(config).native(config)
+        describe({"model_type": kind, **LLAMA, **fields})
 
 
 def test_a_native_model_finds_its_family() -> None:

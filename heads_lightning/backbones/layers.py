@@ -30,6 +30,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu_squared: lambda x: F.relu(x).square(),
 }
 
+NOT_SCALED = RotaryScaling()
 QUERY_BLOCK = 128
 """Queries per block of `attend_in_blocks`: small enough that causal attention skips most of what it may not see."""
 LONGEST_IN_BLOCKS = 1024
@@ -94,7 +95,7 @@ def prepare_reading(
     like: Tensor,
     rotary_dim: int | None,
     rotary_base: float,
-    rotary_scaling: RotaryScaling | None = None,
+    rotary_scaling: RotaryScaling = NOT_SCALED,
 ) -> Reading:
     """Positions, mask and rotary angles of one forward pass. `like` gives the parameters' device and type; rotary_dim None: no angles."""
     size, old = batch.tokens_BS.shape[1], 0
@@ -162,23 +163,23 @@ def attention_bias(batch: Batch, segments_BT: Tensor | None, index_T: Tensor, si
 
 
 def rotary_tables(
-    positions: Tensor, rotary_dim: int, base: float, like: Tensor, dtype: torch.dtype, scaling: RotaryScaling | None = None
+    positions: Tensor, rotary_dim: int, base: float, like: Tensor, dtype: torch.dtype, scaling: RotaryScaling = NOT_SCALED
 ) -> tuple[Tensor, Tensor]:
     """Factors of `rotate` for angles position · base^(-2i/E), i < E/2 (arXiv 2104.09864, eq. 15), computed in fp32 or better."""
     exact = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device).to(exact) / rotary_dim
-    frequencies = base**-exponent
-    if scaling is not None:
-        frequencies = stretch(frequencies, scaling, base)
+    frequencies = stretch(base**-exponent, scaling, base)
     angles = positions[..., None, None].to(exact) * frequencies
     cos, sin = angles.cos(), angles.sin()
-    if scaling is not None:
+    if scaling.temperature != 1:
         cos, sin = cos * scaling.temperature, sin * scaling.temperature
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def stretch(frequencies: Tensor, scaling: RotaryScaling, base: float) -> Tensor:
     """Rotary frequencies [E/2] for sequences `factor` times as long; see RotaryScalingType."""
+    if scaling.type == RotaryScalingType.none:
+        return frequencies
     slow = frequencies / scaling.factor
     if scaling.type == RotaryScalingType.linear:
         return slow

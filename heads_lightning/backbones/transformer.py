@@ -124,10 +124,10 @@ class Transformer(Backbone):
         config, like = self.config, self.embedding.weight
         rotary_dim = config.width_of_head if config.position == Position.rotary else None
         reading = prepare_reading(batch, cache, like, rotary_dim, config.rotary_base, config.rotary_scaling)
-        if config.local_attention is None:
+        window, base = config.local_attention.window, config.local_attention.rotary_base
+        if window is None:
             return reading, reading
-        near = local_reading(reading, batch, cache, config.local_attention.window)
-        base = config.local_attention.rotary_base
+        near = local_reading(reading, batch, cache, window)
         if rotary_dim is not None and base is not None:
             near = near._replace(rotary=rotary_tables(reading.positions, rotary_dim, base, like, reading.compute_dtype))
         return reading, near

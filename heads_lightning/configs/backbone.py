@@ -115,6 +115,8 @@ class QKNormWidth(StrEnum):
 class RotaryScalingType(StrEnum):
     """How rotary frequencies are stretched for sequences longer than those trained on."""
 
+    none = "none"
+    """Not at all."""
     linear = "linear"
     """All of them, by the factor (position interpolation, arXiv 2306.15595)."""
     llama3 = "llama3"
@@ -127,7 +129,7 @@ class RotaryScalingType(StrEnum):
 class RotaryScaling:
     """A stretch of the rotary frequencies."""
 
-    type: RotaryScalingType = RotaryScalingType.linear
+    type: RotaryScalingType = RotaryScalingType.none
     """The rule."""
     factor: float = 1.0
     """How many times longer sequences may become."""
@@ -158,8 +160,9 @@ class RotaryScaling:
 class LocalAttention:
     """Layers that see near positions alone."""
 
-    window: int = 128
-    """A position sees those at a distance below this: itself and window - 1 before it (and as many after it, where it may look ahead)."""
+    window: int | None = None
+    """A position sees those at a distance below this: itself and window - 1 before it, and as many after it where it may look ahead.
+    None: every layer sees everything."""
     global_layers: list[int] = dataclasses.field(default_factory=list)
     """Layers, counted from 0, that see everything all the same."""
     rotary_base: float | None = None
@@ -218,8 +221,8 @@ class TransformerConfig(BackboneConfig):
     """Shifts of layer_norm. None: as `bias`."""
     attention_scale: float | None = None
     """Multiplies the products of queries and keys. None: 1/sqrt(width of a head)."""
-    local_attention: LocalAttention | None = None
-    """Layers with a sliding window. None: every layer sees everything."""
+    local_attention: LocalAttention = dataclasses.field(default_factory=LocalAttention)
+    """Layers with a sliding window."""
     embedding_scale: float = 1.0
     """Multiplies the embedding; sqrt(d_model) in the original transformer."""
     token_types: int = 0
@@ -228,8 +231,8 @@ class TransformerConfig(BackboneConfig):
     """How positions are told apart."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
-    rotary_scaling: RotaryScaling | None = None
-    """Stretch of the rotary frequencies for longer sequences. None: none."""
+    rotary_scaling: RotaryScaling = dataclasses.field(default_factory=RotaryScaling)
+    """Stretch of the rotary frequencies for longer sequences."""
     max_positions: int = 2048
     """Longest sequence with position=learned; size of the table. Others have no limit."""
     dropout: float = 0.0
@@ -255,10 +258,8 @@ class TransformerConfig(BackboneConfig):
             raise ConfigError(f"rotary positions need an even head width, not {self.width_of_head}; set backbone.head_dim")
 
     def _check_local_attention(self) -> None:
-        if self.local_attention is None:
-            return
-        if self.local_attention.window < 1:
-            raise ConfigError(f"backbone.local_attention.window={self.local_attention.window} is out of range; it takes 1 or more")
+        if self.local_attention.window is not None and self.local_attention.window < 1:
+            raise ConfigError(f"backbone.local_attention.window={self.local_attention.window} is out of range; it takes 1 or more, or null")
         beyond = [layer for layer in self.local_attention.global_layers if not 0 <= layer < self.num_layers]
         if beyond:
             raise ConfigError(
@@ -301,7 +302,7 @@ class TransformerConfig(BackboneConfig):
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer sees its window alone."""
-        return self.local_attention is not None and layer not in self.local_attention.global_layers
+        return self.local_attention.window is not None and layer not in self.local_attention.global_layers
 
     @property
     def num_norms(self) -> int:

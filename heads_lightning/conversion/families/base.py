@@ -157,7 +157,7 @@ def refuse(config: HFConfig, **only: Any) -> None:
             raise ConfigError(f"{key}={config[key]} has no native counterpart; only {key}={value} can be converted")
 
 
-def rotary(config: HFConfig, *, default_base: float = 10000.0, layers: str = "full_attention") -> tuple[float, RotaryScaling | None]:
+def rotary(config: HFConfig, *, default_base: float = 10000.0, layers: str = "full_attention") -> tuple[float, RotaryScaling]:
     """Base and stretch of the rotary frequencies, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes them."""
     given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     given = dict(given.get(layers) or {}) if layers in given else given
@@ -166,9 +166,9 @@ def rotary(config: HFConfig, *, default_base: float = 10000.0, layers: str = "fu
     if (given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ConfigError("partial_rotary_factor has no native counterpart: all dimensions of a head are rotated")
     if kind == "default":
-        return base, None
-    if kind not in list(RotaryScalingType):
-        raise ConfigError(f"rope_type={kind} has no native counterpart; known: default, {', '.join(RotaryScalingType)}")
+        return base, RotaryScaling()
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ConfigError(f"rope_type={kind} has no native counterpart; known: default, linear, llama3, yarn")
     trained = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     return base, RotaryScaling(
         type=RotaryScalingType(kind),
@@ -196,7 +196,7 @@ def _attention_factor(given: HFConfig) -> float | None:
 def rotary_fields(backbone: TransformerConfig) -> dict[str, Any]:
     """Base and stretch of the rotary frequencies, as both transformers 4 and 5 read them."""
     scaling = backbone.rotary_scaling
-    if scaling is None:
+    if scaling.type == RotaryScalingType.none:
         return {"rope_theta": backbone.rotary_base, "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rotary_base}}
     told: dict[str, Any] = {"rope_type": scaling.type.value, "factor": scaling.factor}
     if scaling.type != RotaryScalingType.linear:
@@ -240,7 +240,7 @@ def _effective_backbone(config: TransformerConfig) -> dict[str, Any]:
     described["qk_norm"] = config.qk_norm_width if config.qk_norm else None
     described["attention_scale"] = config.attention_scale or config.width_of_head**-0.5
     local = config.local_attention
-    if local is not None and any(config.is_local(layer) for layer in range(config.num_layers)):
+    if any(config.is_local(layer) for layer in range(config.num_layers)):
         described["local_attention"] = (local.window, sorted(local.global_layers), local.rotary_base)
     if config.position == Position.learned:
         described["max_positions"] = config.max_positions
@@ -249,9 +249,9 @@ def _effective_backbone(config: TransformerConfig) -> dict[str, Any]:
     return described
 
 
-def _effective_scaling(scaling: RotaryScaling | None) -> Any:
-    if scaling is None:
-        return None
+def _effective_scaling(scaling: RotaryScaling) -> list[Any]:
+    if scaling.type == RotaryScalingType.none:
+        return []
     described: list[Any] = [scaling.type, scaling.factor, scaling.temperature]
     if scaling.type == RotaryScalingType.llama3:
         described += [scaling.original_positions, scaling.low_frequency_factor, scaling.high_frequency_factor]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import FeedForward, NormPlacement, Position, TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
@@ -45,7 +46,7 @@ class Bert(Family):
     objective = "mlm"
     prefix = "bert."
     head_prefixes = ("cls.",)
-    left_out = {
+    left_out: ClassVar[Mapping[str, str]] = {
         r"\.position_ids$": "a table that is computed",
         r"^bert\.pooler\.": "the pooler, which no language-model head reads",
         r"^cls\.seq_relationship\.": "the next-sentence head",

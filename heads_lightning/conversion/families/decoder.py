@@ -120,10 +120,10 @@ def attention_bias(config: HFConfig) -> AttentionBias:
     return AttentionBias.all if config.get("attention_bias", False) else AttentionBias.none
 
 
-def sliding_layers(config: HFConfig) -> LocalAttention | None:
+def sliding_layers(config: HFConfig) -> LocalAttention:
     """Sliding windows by layer, as Qwen writes them."""
     if not config.get("use_sliding_window") or config.get("sliding_window") is None:
-        return None
+        return LocalAttention()
     layers = range(config["num_hidden_layers"])
     first = config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in layers]
@@ -131,13 +131,13 @@ def sliding_layers(config: HFConfig) -> LocalAttention | None:
     if unknown:
         raise ConfigError(f"layer_types holds {', '.join(sorted(unknown))}; known: full_attention, sliding_attention")
     full = [i for i in layers if kinds[i] == "full_attention"]
-    return None if len(full) == len(layers) else LocalAttention(window=config["sliding_window"], global_layers=full)
+    return LocalAttention(window=config["sliding_window"], global_layers=full)
 
 
 def sliding_fields(backbone: TransformerConfig) -> dict[str, Any]:
     """The same, written."""
-    local = backbone.local_attention
+    window = backbone.local_attention.window
     kinds = ["sliding_attention" if backbone.is_local(i) else "full_attention" for i in range(backbone.num_layers)]
-    told: dict[str, Any] = {"use_sliding_window": local is not None, "sliding_window": None if local is None else local.window}
+    told: dict[str, Any] = {"use_sliding_window": window is not None, "sliding_window": window}
     first = next((i for i, kind in enumerate(kinds) if kind == "sliding_attention"), backbone.num_layers)
     return told | {"max_window_layers": first, "layer_types": kinds}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import Activation, FeedForward, Position, TransformerConfig
 from heads_lightning.configs.base import NormType
@@ -33,7 +34,7 @@ class GPT2(Family):
     name = "gpt2"
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
-    left_out = {r"\.attn\.(masked_)?bias$": "a causal mask, not a weight"}
+    left_out: ClassVar[Mapping[str, str]] = {r"\.attn\.(masked_)?bias$": "a causal mask, not a weight"}
 
     def native(self, config: HFConfig) -> NativeModel:
         config = {"activation_function": "gelu_new", "tie_word_embeddings": True} | dict(config)

@@ -22,14 +22,12 @@ class Mistral(Family):
     def native(self, config: HFConfig) -> NativeModel:
         config = DEFAULTS | dict(config)
         refuse(config, layer_types=None)
-        window = config["sliding_window"]
-        return decoder.decoder_model(config, local_attention=None if window is None else LocalAttention(window=window))
+        return decoder.decoder_model(config, local_attention=LocalAttention(window=config["sliding_window"]))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:
         told = decoder.decoder_fields(model)
         assert isinstance(model.backbone, TransformerConfig)
-        local = model.backbone.local_attention
-        return told | {"sliding_window": None if local is None else local.window}
+        return told | {"sliding_window": model.backbone.local_attention.window}
 
     def templates(self, model: NativeModel) -> list[StateMappingTemplate]:
         return decoder.decoder_templates(model)

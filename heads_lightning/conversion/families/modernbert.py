@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from heads_lightning.configs.backbone import AttentionBias, LocalAttention, TransformerConfig
+from heads_lightning.configs.backbone import AttentionBias, LocalAttention, RotaryScalingType, TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
 from heads_lightning.conversion.families.base import (
@@ -78,10 +78,10 @@ class ModernBert(Family):
         backbone, head = model.backbone, model.head
         if not isinstance(backbone, TransformerConfig) or not isinstance(head, MLMHeadConfig):
             raise ConfigError(f"backbone={backbone.name} with head={head.name} is not a transformer with head=mlm")
-        if backbone.rotary_scaling is not None:
+        if backbone.rotary_scaling.type != RotaryScalingType.none:
             raise ConfigError("backbone.rotary_scaling is not written for modernbert")
         local = backbone.local_attention
-        local_base = backbone.rotary_base if local is None or local.rotary_base is None else local.rotary_base
+        local_base = backbone.rotary_base if local.rotary_base is None else local.rotary_base
         rope = {"full_attention": backbone.rotary_base, "sliding_attention": local_base}
         return {
             "vocab_size": model.vocab_size,
@@ -96,7 +96,7 @@ class ModernBert(Family):
             "norm_bias": backbone.norm_config().bias,
             "attention_bias": backbone.biases_of_attention == AttentionBias.all,
             "mlp_bias": backbone.has_feed_forward_bias,
-            "local_attention": 128 if local is None else 2 * (local.window - 1),
+            "local_attention": 128 if local.window is None else 2 * (local.window - 1),
             "layer_types": ["sliding_attention" if backbone.is_local(i) else "full_attention" for i in range(backbone.num_layers)],
             "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in rope.items()},
             "global_rope_theta": backbone.rotary_base,
@@ -143,14 +143,14 @@ def _split(source: str, dests: tuple[str, ...], bias: bool) -> list[StateMapping
     return [StateMappingTemplate(f"{source}.{p}", tuple(f"{d}.{p}" for d in dests)) for p in (("weight", "bias") if bias else ("weight",))]
 
 
-def _local(config: HFConfig) -> LocalAttention | None:
+def _local(config: HFConfig) -> LocalAttention:
     layers, every = range(config["num_hidden_layers"]), config["global_attn_every_n_layers"]
     kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in layers]
     full = [i for i in layers if kinds[i] == "full_attention"]
     if len(full) == len(layers):
-        return None
+        return LocalAttention()
     base, scaling = rotary(config, default_base=float(config.get("local_rope_theta", 10000.0)), layers="sliding_attention")
-    if scaling is not None:
+    if scaling.type != RotaryScalingType.none:
         raise ConfigError("rope_parameters.sliding_attention of modernbert is scaled, which has no native counterpart")
     return LocalAttention(window=config["local_attention"] // 2 + 1, global_layers=full, rotary_base=base)
 
@@ -158,8 +158,8 @@ def _local(config: HFConfig) -> LocalAttention | None:
 def _every(backbone: TransformerConfig) -> dict[str, int]:
     """transformers 4 knows a period alone."""
     full = [i for i in range(backbone.num_layers) if not backbone.is_local(i)]
-    fits = (n for n in range(1, backbone.num_layers + 1) if full == list(range(0, backbone.num_layers, n)))
-    return {"global_attn_every_n_layers": n for n in fits}
+    fits = [n for n in range(1, backbone.num_layers + 1) if full == list(range(0, backbone.num_layers, n))]
+    return {"global_attn_every_n_layers": fits[0]} if fits else {}
 
 
 def _spelled(activation: str) -> str:

@@ -6,7 +6,8 @@ plain values and names no code; `import heads_lightning.conversion.auto` makes `
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from heads_lightning.composition.saved import plain, rebuild
 from heads_lightning.configs.backbone import BackboneConfig
@@ -22,7 +23,7 @@ class Own(Family):
     architecture = "HeadsLightningForCausalLM"
     prefix = "backbone."
     head_prefixes = ("head.",)
-    left_out = {}
+    left_out: ClassVar[Mapping[str, str]] = {}
 
     def native(self, config: HFConfig) -> NativeModel:
         backbone = rebuild(BackboneConfig, needed(config, "backbone"), "config.json")
