@@ -60,8 +60,8 @@ COMMANDS: dict[str, Command] = {
         "config objective=mlm head=mlm", "config experiment=fim_proof --json")),
     "schema": Command("schema:main", "JSON Schema of configuration files, for editors", "[GROUP] [--out FOLDER]", (
         "schema", "schema --out conf/schema")),
-    "convert": Command("convert:main", "checkpoints to and from Hugging Face", "[KEY=VALUE …]", (
-        "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
+    "convert": Command("convert:main", "checkpoints to and from Hugging Face", "from=RUN|FOLDER out=FOLDER [KEY=VALUE …]", (
+        "convert from=RUN to=huggingface out=exported", "convert from=downloaded/llama to=native out=llama")),
     "compare": Command("compare:main", "runs side by side", "RUN RUN …", (
         "compare runs/a runs/b", "compare runs/* --json")),
     "runs": Command("runs:main", "runs in the run folder", "[run_root=FOLDER]", (

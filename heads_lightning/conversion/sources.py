@@ -149,7 +149,9 @@ def _load(file: Path) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ConfigError(f"{file} cannot be read as tensors alone ({str(error).splitlines()[0][:120]}); use a .safetensors file") from error
+        raise ConfigError(
+            f"{file} cannot be read as tensors alone ({str(error).splitlines()[0][:120]}); use a .safetensors file"
+        ) from error
 
 
 class DistributedSource(TensorSource):

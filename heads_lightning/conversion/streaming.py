@@ -72,7 +72,9 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
-def plan(mappings: Sequence[StateMapping], source: TensorSource, *, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES) -> list[Shard]:
+def plan(
+    mappings: Sequence[StateMapping], source: TensorSource, *, dtype: torch.dtype | None, shard_bytes: int = SHARD_BYTES
+) -> list[Shard]:
     """The shards to write. What one mapping makes is never divided.
 
     Raises:
