@@ -16,20 +16,18 @@ from torch import Tensor, nn
 from heads_lightning.backbones import layers
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import PADDING, Attention
-from heads_lightning.configs.backbone import (
+from heads_lightning.configs.backbone import NGPTConfig, TransformerConfig, backbones
+from heads_lightning.configs.base import NormType
+from heads_lightning.configs.layers import (
     AttentionBias,
     FeedForward,
     LocalAttention,
-    NGPTConfig,
     NormPlacement,
     Position,
     QKNormWidth,
     RotaryScaling,
     RotaryScalingType,
-    TransformerConfig,
-    backbones,
 )
-from heads_lightning.configs.base import NormType
 from heads_lightning.registry import ConfigError
 from heads_lightning.testing.backbones import batch_of as batch
 from heads_lightning.testing.backbones import changed_at, enlarged

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Cache
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import Activation, RotaryScaling, RotaryScalingType
 from heads_lightning.configs.base import NormType
+from heads_lightning.configs.layers import Activation, RotaryScaling, RotaryScalingType
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.silu: F.silu,

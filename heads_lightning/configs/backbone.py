@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
 from heads_lightning.configs.base import LayerNormConfig, NormType, Option
+from heads_lightning.configs.layers import (
+    Activation,
+    AttentionBias,
+    FeedForward,
+    LocalAttention,
+    NormPlacement,
+    Position,
+    QKNormWidth,
+    RotaryScaling,
+)
 from heads_lightning.registry import ConfigError, Registry
 
 if TYPE_CHECKING:
@@ -54,124 +61,6 @@ class BackboneConfig(Option):
 
 
 backbones: Registry[BackboneConfig] = Registry("backbone", BackboneConfig)
-
-
-class Position(StrEnum):
-    """How positions are told apart."""
-
-    rotary = "rotary"
-    """Rotary embedding of queries and keys (arXiv 2104.09864)."""
-    learned = "learned"
-    """A learned vector per position, added to the embedding."""
-    none = "none"
-
-
-class FeedForward(StrEnum):
-    """Shape of the feed-forward part."""
-
-    gated = "gated"
-    """act(W1 x) * (W3 x), then W2 (arXiv 2002.05202)."""
-    plain = "plain"
-    """act(W1 x), then W2."""
-
-
-class Activation(StrEnum):
-    """Non-linearity of the feed-forward part."""
-
-    silu = "silu"
-    gelu = "gelu"
-    """Exact, by the error function."""
-    gelu_tanh = "gelu_tanh"
-    """Approximated by tanh, as GPT-2 has it."""
-    relu = "relu"
-    relu_squared = "relu_squared"
-
-
-class NormPlacement(StrEnum):
-    """Where a block has its two norms; f is attention, then the feed-forward part."""
-
-    pre = "pre"
-    """h + f(norm(h)), and a norm at the end (GPT-2, Llama)."""
-    post = "post"
-    """norm(h + f(h)), none at the end (BERT)."""
-    reordered = "reordered"
-    """h + norm(f(h)), and a norm at the end (OLMo 2, arXiv 2501.00656)."""
-
-
-class AttentionBias(StrEnum):
-    """Which projections of attention have biases."""
-
-    none = "none"
-    qkv = "qkv"
-    """Queries, keys and values (Qwen2)."""
-    all = "all"
-    """The output projection too."""
-
-
-class QKNormWidth(StrEnum):
-    """Over what a norm of queries and keys is taken."""
-
-    head = "head"
-    """Each head by itself, all heads with the same scales (Qwen3)."""
-    full = "full"
-    """All heads together (OLMo 2)."""
-
-
-class RotaryScalingType(StrEnum):
-    """How rotary frequencies are stretched for sequences longer than those trained on."""
-
-    none = "none"
-    """Not at all."""
-    linear = "linear"
-    """All of them, by the factor (position interpolation, arXiv 2306.15595)."""
-    llama3 = "llama3"
-    """Low frequencies by the factor, high ones not at all, a ramp between (Llama 3.1)."""
-    yarn = "yarn"
-    """A ramp over dimensions instead, and a higher temperature (arXiv 2309.00071)."""
-
-
-@dataclass
-class RotaryScaling:
-    """A stretch of the rotary frequencies."""
-
-    type: RotaryScalingType = RotaryScalingType.none
-    """The rule."""
-    factor: float = 1.0
-    """How many times longer sequences may become."""
-    original_positions: int = 8192
-    """Positions that the model was trained on before (llama3, yarn)."""
-    low_frequency_factor: float = 1.0
-    """Turns within original_positions up to which a frequency is fully stretched (llama3)."""
-    high_frequency_factor: float = 4.0
-    """Turns from which on it is not stretched (llama3)."""
-    slow_turns: float = 1.0
-    """As low_frequency_factor (yarn, its beta_slow)."""
-    fast_turns: float = 32.0
-    """As high_frequency_factor (yarn, its beta_fast)."""
-    whole_dimensions: bool = True
-    """Round the ends of the ramp outwards to whole dimensions (yarn)."""
-    attention_factor: float | None = None
-    """Multiplies the rotated queries and keys (yarn). None: 0.1·ln(factor) + 1."""
-
-    @property
-    def temperature(self) -> float:
-        """attention_factor in effect."""
-        if self.type != RotaryScalingType.yarn:
-            return 1.0
-        return 0.1 * math.log(max(self.factor, 1.0)) + 1.0 if self.attention_factor is None else self.attention_factor
-
-
-@dataclass
-class LocalAttention:
-    """Layers that see near positions alone."""
-
-    window: int | None = None
-    """A position sees those at a distance below this: itself and window - 1 before it, and as many after it where it may look ahead.
-    None: every layer sees everything."""
-    global_layers: list[int] = dataclasses.field(default_factory=list)
-    """Layers, counted from 0, that see everything all the same."""
-    rotary_base: float | None = None
-    """Base of the rotary frequencies of local layers, never scaled. None: rotary_base and rotary_scaling, as in the others."""
 
 
 _ANY = frozenset({Attention.causal, Attention.bidirectional, Attention.prefix})
@@ -405,67 +294,3 @@ class NGPTConfig(BackboneConfig):
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         return 6 * self._matrix_params() + 12 * self.num_layers * self.d_model * sequence_length
-
-
-@backbones.register("huggingface_import")
-@dataclass
-class HuggingFaceImportConfig(BackboneConfig):
-    """The native counterpart of a checkpoint of Hugging Face, with its weights: `backbone=huggingface_import backbone.source=FOLDER`.
-
-    The source's config.json says what is built, so nothing else can be set. Where the head is the source's kind of head, it takes its
-    weights too (head.bias=false for most decoders).
-    """
-
-    supports: ClassVar[frozenset[Attention]] = _ANY
-    builds_another: ClassVar[bool] = True
-    """It has no module of its own: what it builds is another option's."""
-
-    name: str = "huggingface_import"
-    d_model: int = 0
-    """Width of the hidden states; the source's. 0: read from there."""
-    source: str = "???"
-    """Folder with config.json and weights (safetensors)."""
-    architecture: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """The source's config.json; filled in while composing, so that a saved run does not need the folder again."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.source == "???" and not self.architecture:
-            return  # the option as it is listed; `native` says what is missing
-        if not self.architecture:
-            from heads_lightning.conversion.pretrained import read_config
-
-            self.architecture = read_config(Path(self.source).expanduser())
-        width = self.native().d_model
-        if self.d_model not in (0, width):
-            raise ConfigError(f"backbone.d_model={self.d_model} cannot be set: {self.source} has d_model={width}; leave it out")
-        self.d_model = width
-
-    def native(self) -> BackboneConfig:
-        """The backbone that the source describes."""
-        if self.source == "???" and not self.architecture:
-            raise ConfigError("backbone=huggingface_import needs a checkpoint: backbone.source=FOLDER with config.json and weights")
-        from heads_lightning.conversion.pretrained import native_backbone
-
-        return native_backbone(self)
-
-    def attention_supported(self) -> frozenset[Attention]:
-        return self.native().attention_supported()
-
-    def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
-        """The native module. Built on meta, it is empty: load_pretrained fills it after reset_parameters; anywhere else it has its weights."""
-        module = self.native().build(vocab_size=vocab_size, init_device=init_device)
-        if str(init_device) != "meta":
-            self.load_pretrained(module)
-        return module
-
-    def load_pretrained(self, backbone: Any, head: Any = None) -> list[str]:
-        from heads_lightning.conversion.pretrained import load_pretrained
-
-        return load_pretrained(self, backbone, head)
-
-    def num_params(self, vocab_size: int) -> int:
-        return self.native().num_params(vocab_size)
-
-    def num_flops_per_token(self, sequence_length: int) -> int:
-        return self.native().num_flops_per_token(sequence_length)

@@ -4,13 +4,7 @@
 models. Importing this package needs neither torch nor transformers.
 """
 
-from heads_lightning.conversion.mapping import (
-    ConversionError,
-    StateConverter,
-    StateMapping,
-    StateMappingTemplate,
-    StateType,
-    TemplatePlaceholder,
-)
+from heads_lightning.conversion.converter import StateConverter
+from heads_lightning.conversion.mapping import ConversionError, StateMapping, StateMappingTemplate, StateType, TemplatePlaceholder
 
 __all__ = ["ConversionError", "StateConverter", "StateMapping", "StateMappingTemplate", "StateType", "TemplatePlaceholder"]

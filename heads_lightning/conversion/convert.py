@@ -14,9 +14,10 @@ import torch
 from heads_lightning import __version__
 from heads_lightning.configs.requests import ConvertRequest, ConvertTarget
 from heads_lightning.conversion import folders, streaming
+from heads_lightning.conversion.converter import StateConverter
 from heads_lightning.conversion.families import OWN, Family, NativeModel, family_of_model
 from heads_lightning.conversion.folders import Checkpoint, open_checkpoint
-from heads_lightning.conversion.mapping import ConversionError, StateConverter, StateMapping, StateMappingTemplate, listed
+from heads_lightning.conversion.mapping import ConversionError, StateMapping, StateMappingTemplate, listed
 from heads_lightning.conversion.native import NativeLM, check_shapes
 from heads_lightning.conversion.sources import TensorSource, open_weights
 from heads_lightning.registry import ConfigError
@@ -115,6 +116,8 @@ def plan(checkpoint: Checkpoint, request: ConvertRequest) -> Plan:
     model, cut = _cut_vocabulary(model, request.vocab_size)
     source, left_out, copies = _named(checkpoint, family, model)
     templates = _templates(checkpoint, family, model, request.to, source)
+    if cut is not None and checkpoint.form == request.to:
+        raise ConfigError("vocab_size cuts padding off on the way from one form to the other; leave it out here")
     mappings = StateConverter([_sliced(t, cut) for t in templates]).get_mappings(source.specs, family.bounds(model))
     return Plan(checkpoint, family, model, source, mappings, left_out, copies)
 
@@ -182,7 +185,7 @@ def _check(planned: Plan, made: dict[str, torch.Tensor], *, to_native: bool) -> 
     if native is None:
         return
     if not to_native:  # sources of an export, cut as the target is
-        native = {name: spec for name, spec in planned.source.specs.items()}
+        native = planned.source.specs
         rows = planned.model.vocab_size
         native = {n: s[:rows] if n in VOCABULARY and len(s) > rows else s for n, s in native.items()}
     check_shapes(planned.model, {name: spec.shape for name, spec in native.items()})

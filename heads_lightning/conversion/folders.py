@@ -16,6 +16,7 @@ from typing import Any
 from heads_lightning.composition import compose, from_yaml, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.layers import Position
 from heads_lightning.conversion.families import OWN, Family, NativeModel, family_of_config
 from heads_lightning.conversion.pretrained import native_backbone, read_config
 from heads_lightning.conversion.sources import TensorSource, TorchSource, open_weights
@@ -138,7 +139,11 @@ def native_files(checkpoint: Checkpoint, model: NativeModel) -> dict[str, str | 
 def default_experiment(model: NativeModel, family: Family) -> ExperimentConfig:
     """An experiment around a model that did not come from one: the defaults of everything else."""
     config = compose([f"objective={family.objective}", f"head={model.head.name}"])
-    return replace(config, backbone=model.backbone, head=model.head, name=family.name)
+    length = config.data.sequence_length
+    if getattr(model.backbone, "position", None) == Position.learned:
+        length = min(length, model.backbone.max_positions)  # pyright: ignore[reportAttributeAccessIssue]
+    data = replace(config.data, sequence_length=length)
+    return replace(config, backbone=model.backbone, head=model.head, data=data, name=family.name)
 
 
 def _vocabulary(files: Mapping[str, bytes]) -> Vocabulary | None:

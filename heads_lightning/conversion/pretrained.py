@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heads_lightning.configs.backbone import BackboneConfig, HuggingFaceImportConfig
+from heads_lightning.configs.backbone import BackboneConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.huggingface_import import HuggingFaceImportConfig
+from heads_lightning.conversion.converter import StateConverter
 from heads_lightning.conversion.families import family_of_config
 from heads_lightning.conversion.families.base import NativeModel
-from heads_lightning.conversion.mapping import ConversionError, StateConverter, listed
+from heads_lightning.conversion.mapping import ConversionError, listed
 from heads_lightning.registry import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def load_pretrained(config: HuggingFaceImportConfig, backbone: nn.Module, head: 
     family = family_of_config(described)
     model = family.native(described)
     source = open_weights(folder)
-    state = {name: tensor for name, tensor in _converted(source, family, model).items()}
+    state = _converted(source, family, model)
     lines = [f"backbone: {len(state)} weights of {folder.name} ({family.name})"]
     modules = {"backbone": backbone} | ({"head": head} if head is not None and _same_head(head, model.head) else {})
     if head is not None and "head" not in modules:

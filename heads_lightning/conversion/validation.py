@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import Position, TransformerConfig
+from heads_lightning.configs.backbone import TransformerConfig
+from heads_lightning.configs.layers import Position
+from heads_lightning.conversion.converter import StateConverter
 from heads_lightning.conversion.families.base import Family, NativeModel
-from heads_lightning.conversion.mapping import ConversionError, StateConverter, StateType, listed
+from heads_lightning.conversion.mapping import ConversionError, StateType, listed
 from heads_lightning.conversion.native import NativeLM
 from heads_lightning.registry import ConfigError
 

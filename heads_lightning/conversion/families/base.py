@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from heads_lightning.configs.backbone import Activation, BackboneConfig, Position, RotaryScaling, RotaryScalingType, TransformerConfig
+from heads_lightning.configs.backbone import BackboneConfig, TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.layers import Activation, Position, RotaryScaling, RotaryScalingType
 from heads_lightning.conversion.mapping import StateMappingTemplate, StateType, TemplatePlaceholder
 from heads_lightning.registry import ConfigError
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from heads_lightning.configs.backbone import FeedForward, NormPlacement, Position, TransformerConfig
+from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
+from heads_lightning.configs.layers import FeedForward, NormPlacement, Position
 from heads_lightning.conversion.families.base import (
     LAYER,
     SPELLED,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from heads_lightning.configs.backbone import AttentionBias, LocalAttention, RotaryScalingType, TransformerConfig
+from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
+from heads_lightning.configs.layers import AttentionBias, LocalAttention, RotaryScalingType
 from heads_lightning.conversion.families.base import (
     ACTIVATIONS,
     LAYER,
