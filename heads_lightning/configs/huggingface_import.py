@@ -38,7 +38,7 @@ class HuggingFaceImportConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.source == "???" and not self.architecture:
+        if not self._is_given:
             return  # the option as it is listed; `native` says what is missing
         if not self.architecture:
             from heads_lightning.conversion.pretrained import read_config
@@ -49,16 +49,20 @@ class HuggingFaceImportConfig(BackboneConfig):
             raise ConfigError(f"backbone.d_model={self.d_model} cannot be set: {self.source} has d_model={width}; leave it out")
         self.d_model = width
 
+    @property
+    def _is_given(self) -> bool:
+        return self.source != "???" or bool(self.architecture)
+
     def native(self) -> BackboneConfig:
         """The backbone that the source describes."""
-        if self.source == "???" and not self.architecture:
+        if not self._is_given:
             raise ConfigError("backbone=huggingface_import needs a checkpoint: backbone.source=FOLDER with config.json and weights")
         from heads_lightning.conversion.pretrained import native_backbone
 
         return native_backbone(self)
 
     def attention_supported(self) -> frozenset[Attention]:
-        return self.native().attention_supported()
+        return self.native().attention_supported() if self._is_given else self.supports
 
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         """The native module. On meta it is empty, and load_pretrained fills it after reset_parameters; elsewhere it has its weights."""
