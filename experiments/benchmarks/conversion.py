@@ -2,11 +2,11 @@
 
     python experiments/benchmarks/conversion.py [--gigabytes 8] [--folder FOLDER] [--json results.json]
 
-Writes a synthetic Llama checkpoint of random bf16 weights in shards of 2 GB, then, each in a process of its own:
+Writes a synthetic Llama checkpoint of random bf16 weights in shards of 2 GB, and a GPT-2 half as large, whose matrices are transposed and
+split on the way. Then, each in a process of its own:
 
     copy       safetensors' load_file and save_file, shard by shard, files synced to disk as the conversion's are
-    convert    heads-lightning convert to=native validate=false: names change, bytes do not
-    fused      the same from a GPT-2 checkpoint half as large, whose matrices are transposed and split on the way
+    convert    heads-lightning convert to=native validate=false
 
 Peak memory is the kernel's VmHWM of that process, the interpreter and torch included; throughput is bytes of weights per second of wall
 time, the best of the repeats. The page cache is as warm for one as for the other: the source has just been read.
@@ -61,10 +61,12 @@ def write_synthetic(config: dict[str, Any], folder: Path) -> int:
     native = family.native(config)
     shapes = NativeLM(native, device="meta").to(torch.bfloat16).state_dict()
     theirs = StateConverter(family.templates(native)).inverse().convert(shapes, family.bounds(native))
+    block = torch.empty(2**28, dtype=torch.int16).random_().view(torch.bfloat16)  # larger than any tensor; each takes another part of it
     shard: dict[str, torch.Tensor] = {}
     number = total = 0
     for name, spec in theirs.items():
-        shard[name] = torch.empty(spec.shape, dtype=torch.int16).random_().view(torch.bfloat16)
+        start = (7919 * len(shard)) % (len(block) - spec.numel())
+        shard[name] = block[start : start + spec.numel()].clone().view(spec.shape)
         total += bytes_of(shard[name])
         if sum(map(bytes_of, shard.values())) > SHARD:
             save_file(shard, folder / f"model-{number:05d}.safetensors", {"format": "pt"})
