@@ -174,6 +174,8 @@ class Report:
     """What an evaluation found. None: the model cannot be asked this."""
 
     left_to_right_bits_per_byte: float | None = None
+    left_to_right_refusal: str | None = None
+    """Why there is no such score, where a reader would look for it."""
     ngram_bits_per_byte: float | None = None
     """A 5-gram byte model's, on the same text."""
     infill_bits_per_byte: float | None = None
@@ -196,6 +198,7 @@ class Report:
         """Flat numbers for tracking."""
         flat = asdict(self)
         inner = flat.pop("floors") or {}
+        flat.pop("left_to_right_refusal")
         flat |= {f"floor_{k}": v for k, v in inner.items()}
         return {f"eval/{k}": float(v) for k, v in flat.items() if v is not None}
 

@@ -51,7 +51,7 @@ def build_model(
     generator = torch.Generator(device=device).manual_seed(config.seed)
     backbone.reset_parameters(generator)
     head.reset_parameters(generator)
-    if isinstance(config.head, LMHeadConfig) and config.head.tie_embeddings:
+    if isinstance(config.head, LMHeadConfig) and config.head.is_tied:
         assert isinstance(head, LMHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
     if say is not None:
@@ -63,7 +63,7 @@ def build_model(
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
     """The head that fits a backbone."""
     assert isinstance(config.head, LMHeadConfig)
-    embedding = backbone.embedding if config.head.tie_embeddings else None
+    embedding = backbone.embedding if config.head.is_tied else None
     return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from heads_lightning import span_filling
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.objective import FIMConfig
@@ -28,6 +29,7 @@ from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
+from heads_lightning.span_filling import fills_spans
 
 ROWS = 16
 """Sequences of one forward pass."""
@@ -84,6 +86,8 @@ def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
     """The whole protocol, as far as the model goes."""
     config = model.config.evaluation
     report = Report()
+    if fills_spans(model.config.objective):
+        return _evaluate_spans(model, prepared, report)
     if not can_read_left_to_right(model):
         return Outcome(report, [])
     if isinstance(model.config.data, RepeatConfig):
@@ -102,6 +106,39 @@ def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
         return Outcome(report, [])
     report.infill_bits_per_byte = line_bits_per_byte(model, questions, with_suffix=True)
     answers, stopped = infill_lines(model, questions)
+    return _answered(model, report, questions, answers, stopped)
+
+
+def _evaluate_spans(model: TrainedModel, prepared: PreparedData, report: Report) -> Outcome:
+    """Of an encoder-decoder that fills sentinels: hidden lines. Its decoder reads no text from left to right."""
+    report.left_to_right_refusal = (
+        f"objective={model.config.objective.name} has none: the decoder writes what sentinels hide, not running text"
+    )
+    if isinstance(model.config.data, RepeatConfig):
+        questions = [_copy_question(text) for text in islice(prepared.texts("validation"), COPIES)]
+        report.hidden_lines = len(questions)
+        longest = _longest(model, questions)
+        outputs = [span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=longest) for shown in (False, True)]
+        shares = [_share_right(model, questions, output) for output in outputs]
+        report.copy_accuracy_prefix, report.copy_accuracy_infill = shares
+        return Outcome(report, [])
+    held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
+    questions = hidden_lines(held_out, model.config.evaluation)
+    report.hidden_lines = len(questions)
+    if not questions:
+        return Outcome(report, [])
+    report.floors = floors(training, questions)
+    report.prefix_bits_per_byte = span_filling.line_bits_per_byte(model, questions, with_suffix=False)
+    report.infill_bits_per_byte = span_filling.line_bits_per_byte(model, questions, with_suffix=True)
+    longest = model.config.evaluation.max_new_tokens
+    outputs = span_filling.fill(model, questions, max_new_tokens=longest)
+    stopped = sum(len(o) < longest for o in outputs) / len(outputs)
+    return _answered(model, report, questions, [model.tokenizer.decode(o) for o in outputs], stopped)
+
+
+def _answered(model: TrainedModel, report: Report, questions: Sequence[HiddenLine], answers: Sequence[str], stopped: float) -> Outcome:
+    """How right the infills are, and a few of them to look at."""
+    config = model.config.evaluation
     pairs = [(a.strip(), q.line.strip()) for a, q in zip(answers, questions, strict=True)]
     report.infill_exact_match = sum(a == b for a, b in pairs) / len(pairs)
     report.infill_edit_similarity = sum(edit_similarity(a, b) for a, b in pairs) / len(pairs)
@@ -243,9 +280,12 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
         ConfigError: the model was not trained to infill, or not with the layout asked for.
     """
     objective = model.config.objective
+    if fills_spans(objective):
+        return span_filling.infill(model, prefix, suffix, request)
     if not can_infill(model) or not isinstance(objective, FIMConfig):
         raise ConfigError(
-            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim"
+            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim, "
+            f"or with backbone=t5 objective=span_corruption"
         )
     layout = request.layout or default_layout(objective)
     trained = trained_layouts(objective)
@@ -279,7 +319,11 @@ def trained_layouts(objective: FIMConfig) -> list[str]:
 # -- the synthetic proof ------------------------------------------------------------------------------------------------
 
 
-def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = 200) -> None:
+COPIES = 200
+"""Documents of data=repeat that are asked about."""
+
+
+def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = COPIES) -> None:
     """data=repeat: hide the second line; it stands again in the suffix and nowhere in the prefix."""
     questions = [_copy_question(text) for text in islice(prepared.texts("validation"), count)]
     report.hidden_lines = len(questions)
@@ -298,8 +342,20 @@ def _copy_question(text: str) -> HiddenLine:
 def _accuracy(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool, layout: str | None) -> float:
     """Share of hidden tokens that greedy decoding gets right."""
     prompts = [_prompt(model, q, with_suffix=with_suffix, layout=layout) for q in questions]
-    truths = [list(model.tokenizer.encode(q.line.strip())) for q in questions]  # that a line ends is no news
     stop = [i for i in (model.tokenizer.vocabulary.fim_end,) if i is not None]
-    outputs = _generate(model, prompts, max_new_tokens=max(len(t) for t in truths), stop_ids=stop)
+    return _share_right(model, questions, _generate(model, prompts, max_new_tokens=_longest(model, questions), stop_ids=stop))
+
+
+def _truths(model: TrainedModel, questions: Sequence[HiddenLine]) -> list[list[int]]:
+    """Ids of the hidden lines; that a line ends is no news."""
+    return [list(model.tokenizer.encode(q.line.strip())) for q in questions]
+
+
+def _longest(model: TrainedModel, questions: Sequence[HiddenLine]) -> int:
+    return max(len(truth) for truth in _truths(model, questions))
+
+
+def _share_right(model: TrainedModel, questions: Sequence[HiddenLine], outputs: Sequence[Sequence[int]]) -> float:
+    truths = _truths(model, questions)
     right = sum(a == b for out, truth in zip(outputs, truths, strict=True) for a, b in zip(out, truth, strict=False))
     return right / sum(len(t) for t in truths)

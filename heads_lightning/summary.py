@@ -26,7 +26,7 @@ def summary_text(
     blocks = [_training(metrics, seconds)]
     if report is not None:
         blocks.append(report_text(report, samples))
-    blocks.append(_next_steps(config, run_dir, ui_command))
+    blocks.append(_next_steps(config, run_dir, ui_command, report))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -49,6 +49,8 @@ def _training(metrics: dict[str, float], seconds: float) -> str:
 
 
 def _left_to_right(report: Report) -> str:
+    if report.left_to_right_refusal is not None:
+        return _table("Left to right: bits per byte of held-out files", [("none", report.left_to_right_refusal)])
     if report.left_to_right_bits_per_byte is None:
         return ""
     rows = [("this model", f"{report.left_to_right_bits_per_byte:.3f}")]
@@ -96,12 +98,12 @@ def _samples(samples: list[Sample]) -> str:
     return "Infilled lines\n" + "\n".join(show_sample(sample) for sample in samples).rstrip()
 
 
-def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None) -> str:
+def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None, report: Report | None) -> str:
     run_dir = _from_here(run_dir)
     rows = [("run folder", str(run_dir))]
     if ui_command:
         rows.append(("see it in MLflow", ui_command))
-    if config.objective.name == "fim":
+    if config.objective.name == "fim" or (report is not None and report.infill_exact_match is not None):
         rows.append(("infill your own", f"heads-lightning infill checkpoint={run_dir} prefix_file=before.py suffix_file=after.py"))
     rows.append(
         (

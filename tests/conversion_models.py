@@ -28,6 +28,10 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+T5 = {
+    **{"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4},
+    **{"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 0},
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama-tied-biases": ("llama", LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -69,6 +73,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"decoder_bias": False, "tie_word_embeddings": False, "global_attn_every_n_layers": 2},
         },
     ),
+    "t5": ("t5", T5),
+    "t5-v1.1": ("t5", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
 }
 
 
@@ -81,6 +87,8 @@ def theirs(case: str) -> Any:
     config = transformers.AutoConfig.for_model(kind, **fields, **tokens)
     torch.manual_seed(0)
     model = getattr(transformers, FAMILIES[kind].auto_class).from_config(config)
+    if kind == "t5" and fields.get("tie_word_embeddings") is False:  # transformers ties, unless a checkpoint brings a head of its own
+        model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB, 32))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -24,8 +24,8 @@ LAYERS: dict[str, float] = {
     "losses": 1, "objectives": 1, "backbones": 1,
     "heads": 2, "data": 2, "training": 2,
     "module": 3,
-    "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4,
-    "scoring": 5, "conversion": 5, "testing": 5, "value_models": 5,
+    "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4, "span_filling": 4.5,
+    "scoring": 5, "conversion": 5, "t5_parallel": 5.1, "testing": 5, "value_models": 5,
     "summary": 5.3, "run": 5.6,
     "commands": 6, "__main__": 7,
 }  # fmt: skip

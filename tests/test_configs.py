@@ -37,6 +37,8 @@ def fitting(option: str) -> list[str]:
     group, name = option.split("=")
     chosen = {group: name}
     cls = group_options(group)[name]
+    if group == "backbone" and isinstance(cls, Path):  # a size of an option
+        cls = backbones[yaml.safe_load(cls.read_text())["defaults"][0]]
     if isinstance(cls, type):
         if group == "objective":
             chosen["head"] = next(n for n, c in Registry.groups["head"].items() if c.predicts == cls.predicts)
@@ -44,7 +46,7 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            chosen["objective"] = next(n for n, c in objectives.items() if c.attention in cls.supports)
+            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & cls.supports)
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 

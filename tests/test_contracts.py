@@ -18,7 +18,7 @@ from conversion_models import llama_folder
 from torch import Tensor
 
 from heads_lightning.backbones.transformer import Transformer
-from heads_lightning.batch import Examples
+from heads_lightning.batch import Attention, Examples
 from heads_lightning.composition import prepare_store
 from heads_lightning.configs.backbone import TransformerConfig, backbones
 from heads_lightning.configs.head import DefaultLMHeadConfig, LMHeadConfig, LMLossImplementation, MLMHeadConfig, heads
@@ -83,6 +83,11 @@ def test_objective(name: str) -> None:
 @pytest.mark.parametrize("config", [FIMConfig(level=FIMLevel.document), MLMConfig(unit=MLMUnit.word)], ids=["fim-document", "mlm-word"])
 def test_objective_with_options(config: ObjectiveConfig) -> None:
     check_objective(config)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in objectives.items() if Attention.encoder_decoder in cls.other_attention])
+def test_objective_for_an_encoder_decoder(name: str) -> None:
+    check_objective(objectives[name]().fitted(frozenset({Attention.encoder_decoder})), sequence_length=32)
 
 
 # --------------------------------------------------------------------------------------------- each check notices what it is for

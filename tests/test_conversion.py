@@ -23,6 +23,7 @@ from heads_lightning.commands import dispatch
 from heads_lightning.composition import compose, from_yaml, to_yaml
 from heads_lightning.configs.requests import ConvertRequest, ConvertTarget
 from heads_lightning.conversion import ConversionError, streaming
+from heads_lightning.conversion.families import FAMILIES
 from heads_lightning.conversion.convert import Conversion, convert
 from heads_lightning.conversion.sources import ALLOWED, open_weights
 from heads_lightning.data.tokenizer import byte_tokenizer
@@ -78,7 +79,7 @@ def native_run(folder: Path, *overrides: str) -> tuple[Path, Any, Any, Any]:
 # ---- there and back
 
 
-@pytest.mark.parametrize("case", ["llama-tied-biases", "gpt2", "bert", "modernbert", "qwen2-windows"])
+@pytest.mark.parametrize("case", ["llama-tied-biases", "gpt2", "bert", "modernbert", "qwen2-windows", "t5", "t5-v1.1"])
 def test_a_folder_goes_to_native_and_back_to_the_bit(case: str, tmp_path: Path) -> None:
     model = saved(case, tmp_path / "hf")
     record, _ = run(tmp_path / "hf", tmp_path / "native", shard_gb=20e3 / 2**30)
@@ -90,13 +91,14 @@ def test_a_folder_goes_to_native_and_back_to_the_bit(case: str, tmp_path: Path) 
     want, got = state_of(tmp_path / "hf"), state_of(tmp_path / "back")
     assert want.keys() - set(record.left_out) == got.keys()
     assert all(torch.equal(want[name], got[name]) for name in got)
-    opener = getattr(transformers, f"AutoModelFor{'MaskedLM' if 'bert' in case else 'CausalLM'}")
+    opener = getattr(transformers, FAMILIES[back.family].auto_class)
     again, info = opener.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not info["missing_keys"]
     assert (again.config.eos_token_id, again.config.pad_token_id) == (model.config.eos_token_id, model.config.pad_token_id)
     tokens = torch.randint(3, VOCAB, (2, 20))
+    given = {"decoder_input_ids": tokens} if "t5" in case else {}
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+        torch.testing.assert_close(again.eval()(tokens, **given).logits, model(tokens, **given).logits, rtol=0, atol=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert tokenizer("def f():")["input_ids"] == TOKENIZER.encode("def f():").tolist()
 
@@ -244,7 +246,7 @@ def test_weights_that_are_missing_left_over_or_of_another_shape(tmp_path: Path) 
 
 def test_a_right_shaped_tensor_behind_the_wrong_name_is_found_and_named(tmp_path: Path) -> None:
     """All names and shapes fit; only the numbers can tell."""
-    from heads_lightning.conversion.families import FAMILIES, decoder
+    from heads_lightning.conversion.families import decoder
     from heads_lightning.conversion.families.llama import Llama
 
     class Swapped(Llama):
@@ -380,7 +382,8 @@ def test_a_killed_conversion_leaves_no_folder_and_goes_on(tmp_path: Path) -> Non
     script = (
         "import os, sys\n"
         "from heads_lightning.conversion import streaming\n"
-        "from heads_lightning.conversion.convert import convert\n"
+        "from heads_lightning.conversion.families import FAMILIES
+from heads_lightning.conversion.convert import convert\n"
         "from heads_lightning.configs.requests import ConvertRequest\n"
         "write, count = streaming._write_shard, [0]\n"
         "def stop(path, *rest):\n"

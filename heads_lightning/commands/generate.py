@@ -20,8 +20,9 @@ def main(arguments: Sequence[str]) -> None:
     prompt = _prompt(request, texts)
     model = asking.load_model(request)
     from heads_lightning.scoring import can_read_left_to_right
+    from heads_lightning.span_filling import continues_text
 
-    if not can_read_left_to_right(model):
+    if not (can_read_left_to_right(model) or continues_text(model.config.objective)):
         raise ConfigError(f"{request.checkpoint} was trained with objective={model.config.objective.name} and cannot continue a text")
     ids = [model.tokenizer.vocabulary.end_of_document, *model.tokenizer.encode(prompt)]
     out = asking.answer(model, [int(i) for i in ids], request, stop_ids=[model.tokenizer.vocabulary.end_of_document])

@@ -16,6 +16,7 @@ from heads_lightning.configs.base import DType
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMLossImplementation, heads
 from heads_lightning.configs.objective import objectives
+from heads_lightning.configs.t5 import OUTPUTS, STYLES, T5Config, T5LMHeadConfig, T5Position
 from heads_lightning.registry import ConfigError
 
 FIM_LEAST = 8
@@ -35,6 +36,7 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _tied(config)
     yield from _vocabulary(config)
     yield from _lengths(config)
+    yield from _presets(config)
     yield from _run(config)
 
 
@@ -42,7 +44,7 @@ def _attention(config: ExperimentConfig) -> Iterator[str]:
     wanted, supported = config.objective.attention, config.backbone.attention_supported()
     if wanted not in supported:
         able = [f"backbone={name}" for name, cls in backbones.items() if wanted in cls.supports]
-        fitting = [f"objective={name}" for name, cls in objectives.items() if cls.attention in supported]
+        fitting = [f"objective={name}" for name, cls in objectives.items() if ({cls.attention} | cls.other_attention) & supported]
         yield (
             f"objective={config.objective.name} needs {wanted} attention, which backbone={config.backbone.name} does not give "
             f"(it gives {', '.join(sorted(supported)) or 'none'}); use {_either(able)}, or {_either(fitting)}"
@@ -65,7 +67,7 @@ def _either(names: list[str]) -> str:
 
 
 def _tied(config: ExperimentConfig) -> Iterator[str]:
-    tied, dtype = getattr(config.head, "tie_embeddings", False), getattr(config.head, "dtype", DType.float32)
+    tied, dtype = getattr(config.head, "is_tied", False), getattr(config.head, "dtype", DType.float32)
     if tied and dtype != DType.float32:
         yield f"head.tie_embeddings=true shares the backbone's float32 embedding, so head.dtype={dtype} cannot hold; use head.dtype=float32"
 
@@ -83,10 +85,24 @@ def _lengths(config: ExperimentConfig) -> Iterator[str]:
             f"data.sequence_length={FIM_LEAST} or more"
         )
     positions = getattr(backbone, "max_positions", None)
-    if getattr(backbone, "position", None) == "learned" and positions is not None and positions < length:
+    learned, other = getattr(backbone, "position", None) == "learned", "backbone.position=rotary"
+    if isinstance(backbone, T5Config):
+        learned, other = backbone.style.position_embedding_type == T5Position.learned_absolute, "backbone.position_embedding_type=relative"
+    if learned and positions is not None and positions < length:
         yield (
             f"data.sequence_length={length} is longer than backbone.max_positions={positions} learned positions; "
-            f"set backbone.max_positions={length} or backbone.position=rotary"
+            f"set backbone.max_positions={length} or {other}"
+        )
+
+
+def _presets(config: ExperimentConfig) -> Iterator[str]:
+    backbone, head = config.backbone, config.head
+    if not (isinstance(backbone, T5Config) and isinstance(head, T5LMHeadConfig)):
+        return
+    if STYLES[backbone.preset] != STYLES[head.preset] or OUTPUTS[backbone.preset] != OUTPUTS[head.preset]:
+        yield (
+            f"backbone.preset={backbone.preset} and head.preset={head.preset} are of different models; set head.preset={backbone.preset} "
+            f"(each choice of a preset is also a field of its own)"
         )
 
 

@@ -53,3 +53,8 @@ class ExperimentConfig:
     """Run folder, checkpoint file or MLflow run id to go on from."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything of your own to record with the run; not read by the toolkit."""
+
+    def __post_init__(self) -> None:
+        """The objective takes the form that fits the backbone, so that a saved config says what ran."""
+        if isinstance(self.objective, ObjectiveConfig) and isinstance(self.backbone, BackboneConfig):
+            self.objective = self.objective.fitted(self.backbone.attention_supported())

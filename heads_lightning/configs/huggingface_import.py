@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import BackboneConfig, TransformerConfig, backbones
+from heads_lightning.configs.backbone import BackboneConfig, backbones
 from heads_lightning.registry import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class HuggingFaceImportConfig(BackboneConfig):
     weights too (head.bias=false for most decoders).
     """
 
-    supports: ClassVar[frozenset[Attention]] = TransformerConfig.supports
+    supports: ClassVar[frozenset[Attention]] = frozenset(Attention)
     builds_another: ClassVar[bool] = True
     """It has no module of its own: what it builds is another option's."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
@@ -24,8 +24,14 @@ class ObjectiveConfig(Option):
     """What a target is: must equal the head's `predicts`."""
     attention: ClassVar[Attention] = Attention.causal
     """Which positions a position may see."""
+    other_attention: ClassVar[frozenset[Attention]] = frozenset()
+    """Attention kinds that it takes on other backbones (see `fitted`)."""
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Roles of the special tokens that it needs: names of fields of objectives.base.Vocabulary."""
+
+    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
+        """This objective in the form that a backbone with these attention kinds trains with; itself where there is one form alone."""
+        return self
 
     def build(self, vocabulary: Vocabulary) -> Any:
         """The objective (heads_lightning.objectives.base.Objective) for a vocabulary."""
@@ -158,12 +164,45 @@ class MLMConfig(ObjectiveConfig):
         return MLM(self, vocabulary)
 
 
-@objectives.register("prefix_lm")
+class Form(StrEnum):
+    """How an objective that has an input and a target shows them to the model."""
+
+    auto = "auto"
+    """As the backbone is. A composed or saved experiment says which of the others that is."""
+    decoder_only = "decoder_only"
+    """One sequence: the input is a prefix that is read from both sides, the target follows."""
+    encoder_decoder = "encoder_decoder"
+    """Two sequences: the encoder reads the input, the decoder writes the target."""
+
+
 @dataclass
-class PrefixLMConfig(ObjectiveConfig):
-    """Prefix language modelling (arXiv 1910.10683, 3.2.3): read the beginning of each document from both sides, predict the rest."""
+class InputTargetConfig(ObjectiveConfig):
+    """Base of objectives that have an input and a target, for decoder-only and encoder-decoder backbones alike."""
 
     attention: ClassVar[Attention] = Attention.prefix
+    other_attention: ClassVar[frozenset[Attention]] = frozenset({Attention.encoder_decoder})
+
+    form: Form = Form.auto
+    """How input and target are shown: `auto` follows the backbone, the others insist."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.form = Form(self.form)
+        if self.form == Form.encoder_decoder:  # of this config, not of the class: what validation compares with the backbone
+            self.attention = Attention.encoder_decoder  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
+        if self.form != Form.auto:
+            return self
+        if Attention.prefix in supported:
+            return replace(self, form=Form.decoder_only)
+        return replace(self, form=Form.encoder_decoder) if Attention.encoder_decoder in supported else self
+
+
+@objectives.register("prefix_lm")
+@dataclass
+class PrefixLMConfig(InputTargetConfig):
+    """Prefix language modelling (arXiv 1910.10683, 3.2.3): read the beginning of each document from both sides, predict the rest."""
 
     name: str = "prefix_lm"
     prefix_min: float = 0.0
@@ -193,10 +232,9 @@ class SpanEdges(StrEnum):
 
 @objectives.register("span_corruption")
 @dataclass
-class SpanCorruptionConfig(ObjectiveConfig):
-    """Span corruption (T5, arXiv 1910.10683): sentinels replace spans of the text; predict what each hides. For decoder-only backbones."""
+class SpanCorruptionConfig(InputTargetConfig):
+    """Span corruption (T5, arXiv 1910.10683): sentinels replace spans of the text; predict what each hides."""
 
-    attention: ClassVar[Attention] = Attention.prefix
     special_tokens: ClassVar[tuple[str, ...]] = ("sentinels",)
 
     name: str = "span_corruption"
@@ -206,9 +244,13 @@ class SpanCorruptionConfig(ObjectiveConfig):
     """Mean tokens of a span."""
     edges: SpanEdges = SpanEdges.uniform
     """How often the tokens at a window's edges are hidden; `seqio` repeats T5's numbers."""
+    encoder_end: bool = True
+    """Close the encoder's input with the end-of-document token, as T5 does and Megatron does not. Encoder-decoder form only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.encoder_end and self.form == Form.decoder_only:
+            raise ConfigError("objective.encoder_end=false needs an encoder; leave it out or use backbone=t5")
         self.require(0 < self.rate < 1, "rate", "more than 0, less than 1")
         self.require(self.mean_length >= 1, "mean_length", "1 or more")
 
@@ -218,19 +260,11 @@ class SpanCorruptionConfig(ObjectiveConfig):
         return SpanCorruption(self, vocabulary)
 
 
-@dataclass
-class EncoderDecoderSpanCorruptionConfig(SpanCorruptionConfig):
-    """Span corruption for encoder-decoder backbones. Not an option until such a backbone is."""
-
-    attention: ClassVar[Attention] = Attention.encoder_decoder
-
-
 @objectives.register("ul2")
 @dataclass
-class UL2Config(ObjectiveConfig):
+class UL2Config(InputTargetConfig):
     """UL2's mixture of denoisers (arXiv 2205.05131): short spans, prefixes, and long or many spans."""
 
-    attention: ClassVar[Attention] = Attention.prefix
     special_tokens: ClassVar[tuple[str, ...]] = ("sentinels",)
 
     name: str = "ul2"
@@ -275,10 +309,10 @@ class MixtureConfig(ObjectiveConfig):
         configs = self.part_configs()
         if not configs:
             raise ConfigError("objective.parts gives every part the weight 0; give one of them a weight")
-        kinds = {config.attention for config in configs.values()}
+        kinds: set[Attention] = {config.attention for config in configs.values()}
         if kinds == {Attention.causal, Attention.prefix}:
             kinds = {Attention.prefix}  # a causal part has an empty prefix
-        if len(kinds) > 1 or Attention.encoder_decoder in kinds:
+        if len(kinds) > 1:
             each = ", ".join(f"{part} {config.attention}" for part, config in configs.items())
             raise ConfigError(f"objective.parts cannot be mixed in one batch, their attention differs: {each}; leave one kind out")
         # of this mixture, not of the class: what validation compares with the backbone
@@ -286,6 +320,12 @@ class MixtureConfig(ObjectiveConfig):
         self.special_tokens = tuple(  # pyright: ignore[reportAttributeAccessIssue]
             dict.fromkeys(role for config in configs.values() for role in config.special_tokens)
         )
+
+    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
+        chosen = {part: config.fitted(supported) for part, config in self.part_configs().items()}
+        forms = {part: {"form": config.form.value} for part, config in chosen.items() if isinstance(config, InputTargetConfig)}
+        parts = {part: {**given, **forms.get(part, {})} for part, given in self.parts.items()}
+        return self if parts == self.parts else replace(self, parts=parts)
 
     def part_configs(self) -> dict[str, ObjectiveConfig]:
         """The parts' own configs, validated."""
@@ -312,7 +352,7 @@ class MixtureConfig(ObjectiveConfig):
         parts = [
             Part(part, float(self.parts[part].get("weight", 1)), config.build(vocabulary)) for part, config in self.part_configs().items()
         ]
-        return Mixture(parts, self.attention)
+        return Mixture(parts, self.attention, vocabulary)
 
 
 def _from_mapping(cls: type[ObjectiveConfig], settings: Mapping[str, Any], place: str) -> ObjectiveConfig:

@@ -23,18 +23,30 @@ class NativeLM(nn.Module):
     def __init__(self, model: NativeModel, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.backbone = model.backbone.build(vocab_size=model.vocab_size, init_device=device)
-        embedding = self.backbone.embedding if model.head.tie_embeddings else None
+        embedding = self.backbone.embedding if model.head.is_tied else None
         self.head = model.head.build(d_model=self.backbone.d_model, vocab_size=model.vocab_size, init_device=device, embedding=embedding)
 
-    def forward(self, tokens_BS: Tensor, mask_BS: Tensor | None = None, *, attention: Attention = Attention.causal) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        mask_BS: Tensor | None = None,
+        *,
+        attention: Attention = Attention.causal,
+        encoder_tokens_BT: Tensor | None = None,
+    ) -> Tensor:
         """Logits [B, S, V].
 
         Args:
-            tokens_BS: int64 ids.
-            mask_BS: 1 for tokens, 0 for padding, as transformers has it. None: no padding.
+            tokens_BS: int64 ids; the decoder's, where there is an encoder.
+            mask_BS: 1 for tokens, 0 for padding, as transformers has it; the encoder's, where there is one. None: no padding.
             attention: how positions see each other.
+            encoder_tokens_BT: what the encoder reads.
         """
         segments_BS = None if mask_BS is None else torch.where(mask_BS.bool(), 0, PADDING)
+        if encoder_tokens_BT is not None:
+            batch = Batch(tokens_BS, tokens_BS, attention, 0, 0, torch.zeros_like(tokens_BS))
+            batch = batch._replace(encoder_tokens_BT=encoder_tokens_BT, encoder_segments_BT=segments_BS)
+            return self.head(self.backbone(batch))
         return self.head(self.backbone(Batch(tokens_BS, tokens_BS, attention, 0, 0, segments_BS=segments_BS)))
 
 

@@ -86,7 +86,7 @@ def _converted(source: TensorSource, family: Any, model: NativeModel) -> dict[st
 def _same_head(head: nn.Module, wanted: LMHeadConfig) -> bool:
     """Whether a built head has exactly the parameters of the source's."""
     config = getattr(head, "config", None)
-    fields = ("name", "has_bias", "layer_norm", "activation", "dense_bias", "logit_softcap", "tie_embeddings")
+    fields = ("name", "has_bias", "layer_norm", "activation", "dense_bias", "logit_softcap", "is_tied", "scales")
     return config is not None and all(getattr(config, field, None) == getattr(wanted, field, None) for field in fields)
 
 

@@ -112,8 +112,7 @@ def compare(theirs: nn.Module, ours: NativeLM, family: Family, model: NativeMode
     batch = validation_batch(model)
     pairs = _module_pairs(theirs, ours, family, model)
     with torch.no_grad(), _recorded(theirs, [a for a, _ in pairs]) as left, _recorded(ours, [b for _, b in pairs]) as right:
-        want = _logits(theirs(batch.tokens_BS, attention_mask=batch.mask_BS), model.vocab_size)
-        got = ours(batch.tokens_BS, batch.mask_BS, attention=attention_of(family))
+        want, got = run_theirs(theirs, batch, family, model), run_ours(ours, batch, family)
     error = distance(got, want, batch)
     if not error <= tolerance:
         raise ConversionError(
@@ -130,24 +129,28 @@ def compare_in(
     Raises:
         ConversionError: ours is more than twice as far from fp32 as theirs.
     """
-    batch, attention = validation_batch(model), attention_of(family)
+    batch = validation_batch(model)
     with torch.no_grad():
-        exact = _logits(theirs(batch.tokens_BS, attention_mask=batch.mask_BS), model.vocab_size)
-        rough = _logits(theirs.to(dtype)(batch.tokens_BS, attention_mask=batch.mask_BS), model.vocab_size)
-        got = ours.to(dtype)(batch.tokens_BS, batch.mask_BS, attention=attention)
+        exact = run_theirs(theirs, batch, family, model)
+        rough, got = run_theirs(theirs.to(dtype), batch, family, model), run_ours(ours.to(dtype), batch, family)
     agreement.half = (distance(got, exact, batch), distance(rough, exact, batch))
     if agreement.half[0] > 2 * agreement.half[1] + TOLERANCE:
         raise ConversionError(f"in {dtype} ours is {agreement.half[0]:.1e} from fp32, transformers' own {agreement.half[1]:.1e}")
     return agreement
 
 
-def attention_of(family: Family) -> Attention:
-    """How positions see each other in that family."""
-    return Attention.causal if family.objective == "causal" else Attention.bidirectional
+def run_theirs(theirs: nn.Module, batch: ValidationBatch, family: Family, model: NativeModel) -> Tensor:
+    """transformers' logits [B, S, V]. A decoder beside an encoder reads the same tokens backwards."""
+    given = {"decoder_input_ids": batch.tokens_BS.flip(1)} if family.attention == Attention.encoder_decoder else {}
+    return theirs(batch.tokens_BS, attention_mask=batch.mask_BS, **given).logits[..., : model.vocab_size]
 
 
-def _logits(output: Any, vocab_size: int) -> Tensor:
-    return output.logits[..., :vocab_size]
+def run_ours(ours: NativeLM, batch: ValidationBatch, family: Family) -> Tensor:
+    """Our logits [B, S, V] of the same."""
+    tokens, mask = batch
+    if family.attention == Attention.encoder_decoder:
+        return ours(tokens.flip(1), mask, attention=family.attention, encoder_tokens_BT=tokens)
+    return ours(tokens, mask, attention=family.attention)
 
 
 def distance(got: Tensor, want: Tensor, batch: ValidationBatch) -> float:

@@ -4,5 +4,6 @@ from heads_lightning.heads.base import Head, LMHead, LMOutputWithLoss, LMOutputW
 from heads_lightning.heads.default import DefaultLMHead
 from heads_lightning.heads.mlm import MLMHead
 from heads_lightning.heads.normalized import NormalizedLMHead
+from heads_lightning.heads.t5 import T5Head
 
-__all__ = ["DefaultLMHead", "Head", "LMHead", "LMOutputWithLoss", "LMOutputWithMetrics", "MLMHead", "NormalizedLMHead"]
+__all__ = ["DefaultLMHead", "Head", "LMHead", "LMOutputWithLoss", "LMOutputWithMetrics", "MLMHead", "NormalizedLMHead", "T5Head"]

@@ -136,6 +136,10 @@ class Objective(ABC):
     def window(self, sequence_length: int) -> Window:
         """Raw tokens that fill `sequence_length` positions."""
 
+    def decoder_length(self, sequence_length: int) -> int:
+        """Positions of Examples.tokens_BS. For an encoder-decoder `sequence_length` is the encoder's, and the decoder's may be another."""
+        return sequence_length
+
     @abstractmethod
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
         """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length)."""

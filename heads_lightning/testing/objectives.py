@@ -68,7 +68,8 @@ def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, 
             kind = kinds[name.removeprefix("encoder_").rsplit("_", 1)[0]]
             assert array.dtype == kind, f"{name} is {array.dtype}, not {np.dtype(kind)}"
             assert array.flags["C_CONTIGUOUS"], f"{name} is not contiguous: use np.ascontiguousarray"
-            assert name.startswith("encoder_") or array.shape == (rows, sequence_length), f"{name} is {array.shape}"
+            shape = (rows, objective.decoder_length(sequence_length))
+            assert name.startswith("encoder_") or array.shape == shape, f"{name} is {array.shape}"
     assert (made.prefix_BS is not None) == (objective.attention == Attention.prefix), (
         "prefix_BS belongs to attention=prefix, and only there"
     )
@@ -116,7 +117,7 @@ def _check_nothing_to_predict_can_be_read(objective: Objective, vocabulary: Voca
     assert len(different) > objective.window(sequence_length).length, f"sequence_length={sequence_length} is too long for this vocabulary"
     made = make_examples(objective, np.tile(np.array(different, np.uint32), 60), sequence_length, range(32))
     segments = np.zeros_like(made.tokens_BS) if made.segments_BS is None else made.segments_BS
-    index, readable, targets = np.arange(sequence_length), 0, 0
+    index, readable, targets = np.arange(made.tokens_BS.shape[1]), 0, 0
     for b, s in zip(*np.nonzero(made.labels_BS != IGNORE), strict=True):
         if vocabulary.special_V[made.labels_BS[b, s]]:
             continue

@@ -12,6 +12,7 @@ from heads_lightning.conversion.families.olmo2 import Olmo2
 from heads_lightning.conversion.families.own import Own
 from heads_lightning.conversion.families.qwen2 import Qwen2
 from heads_lightning.conversion.families.qwen3 import Qwen3
+from heads_lightning.conversion.families.t5 import T5
 from heads_lightning.registry import ConfigError, nearest
 
 __all__ = ["FAMILIES", "OWN", "Family", "NativeModel", "effective", "family_of_config", "family_of_model", "register"]
@@ -28,7 +29,7 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2(), GPT2(), Bert(), ModernBert(), OWN):
+for _family in (Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2(), GPT2(), Bert(), ModernBert(), T5(), OWN):
     register(_family)
 
 

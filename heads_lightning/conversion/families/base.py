@@ -13,10 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from heads_lightning.batch import Attention
 from heads_lightning.configs.backbone import BackboneConfig, TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.layers import Activation, Position, RotaryScaling, RotaryScalingType
+from heads_lightning.configs.t5 import T5Config
 from heads_lightning.conversion.mapping import StateMappingTemplate, StateType, TemplatePlaceholder
 from heads_lightning.registry import ConfigError
 
@@ -47,7 +49,9 @@ class Family(ABC):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """What opens it in `transformers`."""
     objective: ClassVar[str] = "causal"
-    """The objective it was made for: how positions see each other."""
+    """The objective it was made for."""
+    attention: ClassVar[Attention] = Attention.causal
+    """How its positions see each other."""
     prefix: ClassVar[str] = "model."
     """What stands before the trunk's weights."""
     head_prefixes: ClassVar[tuple[str, ...]] = ("lm_head.",)
@@ -218,12 +222,20 @@ def effective(model: NativeModel) -> dict[str, Any]:
     described = {"vocab_size": model.vocab_size, "backbone": model.backbone.name, **_effective_head(model.head)}
     if isinstance(model.backbone, TransformerConfig):
         described |= {f"backbone.{key}": value for key, value in _effective_backbone(model.backbone).items()}
+    if isinstance(model.backbone, T5Config):
+        described |= {f"backbone.{field}": getattr(model.backbone, field) for field in T5_FIELDS}
     return described
+
+
+T5_FIELDS = (
+    *("style", "d_model", "num_layers", "decoder_layers", "num_heads", "width_of_head", "ff_dim", "decoder_ff_dim"),
+    *("relative_buckets", "relative_max_distance"),
+)
 
 
 def _effective_head(head: LMHeadConfig) -> dict[str, Any]:
     described = {"head": head.name, "head.layer_norm": _effective_norm(head.layer_norm)}
-    for field in ("tie_embeddings", "logit_softcap", "has_bias", "activation", "dense_bias"):
+    for field in ("is_tied", "logit_softcap", "has_bias", "activation", "dense_bias", "scales"):
         described[f"head.{field}"] = getattr(head, field, None)
     return described
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from heads_lightning.batch import Attention
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
@@ -45,6 +46,7 @@ class Bert(Family):
     architecture = "BertForMaskedLM"
     auto_class = "AutoModelForMaskedLM"
     objective = "mlm"
+    attention = Attention.bidirectional
     prefix = "bert."
     head_prefixes = ("cls.",)
     left_out: ClassVar[Mapping[str, str]] = {
@@ -93,7 +95,7 @@ class Bert(Family):
             "type_vocab_size": backbone.token_types,
             "max_position_embeddings": backbone.max_positions,
             "initializer_range": backbone.init_std,
-            "tie_word_embeddings": model.head.tie_embeddings,
+            "tie_word_embeddings": model.head.is_tied,
             **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0),
         }
 

@@ -76,7 +76,7 @@ def decoder_fields(model: NativeModel) -> dict[str, Any]:
         "max_position_embeddings": backbone.max_positions,
         "initializer_range": backbone.init_std,
         "rms_norm_eps": backbone.norm_eps,
-        "tie_word_embeddings": model.head.tie_embeddings,
+        "tie_word_embeddings": model.head.is_tied,
         "attention_dropout": 0.0,
         "use_cache": True,
         **rotary_fields(backbone),
@@ -106,14 +106,14 @@ def decoder_templates(
         found += [
             rename(f"{LAYERS}.self_attn.{p}_norm.weight", f"{BLOCK}.attention.{o}_norm.weight") for p, o in (("q", "query"), ("k", "key"))
         ]
-    if not model.head.tie_embeddings:
+    if not model.head.is_tied:
         found.append(rename("lm_head.weight", "head.w_out.weight"))
     return [*found, *modules(MODULES)]
 
 
 def decoder_copies(model: NativeModel) -> dict[str, str]:
     """A tied projection that was saved all the same."""
-    return {"lm_head.weight": "model.embed_tokens.weight"} if model.head.tie_embeddings else {}
+    return {"lm_head.weight": "model.embed_tokens.weight"} if model.head.is_tied else {}
 
 
 def attention_bias(config: HFConfig) -> AttentionBias:

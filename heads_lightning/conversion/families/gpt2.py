@@ -74,7 +74,7 @@ class GPT2(Family):
             "layer_norm_epsilon": backbone.norm_eps,
             "initializer_range": backbone.init_std,
             "scale_attn_weights": backbone.attention_scale is None,
-            "tie_word_embeddings": model.head.tie_embeddings,
+            "tie_word_embeddings": model.head.is_tied,
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         }
 
@@ -91,10 +91,10 @@ class GPT2(Family):
         for theirs, ours in (("attn.c_proj", "attention.output"), ("mlp.c_fc", "feed_forward.up"), ("mlp.c_proj", "feed_forward.down")):
             found.append(StateMappingTemplate(f"{LAYERS}.{theirs}.weight", f"{BLOCK}.{ours}.weight", dims_permutation=(1, 0)))
             found.append(rename(f"{LAYERS}.{theirs}.bias", f"{BLOCK}.{ours}.bias"))
-        if not model.head.tie_embeddings:
+        if not model.head.is_tied:
             found.append(rename("lm_head.weight", "head.w_out.weight"))
         same = {"transformer.wte": "backbone.embedding", f"{LAYERS}.attn": f"{BLOCK}.attention", f"{LAYERS}.mlp": f"{BLOCK}.feed_forward"}
         return [*found, *modules(same | {LAYERS: BLOCK, "transformer.ln_f": "backbone.norm"})]
 
     def copies(self, model: NativeModel) -> dict[str, str]:
-        return {"lm_head.weight": "transformer.wte.weight"} if model.head.tie_embeddings else {}
+        return {"lm_head.weight": "transformer.wte.weight"} if model.head.is_tied else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from heads_lightning.batch import Attention
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
@@ -42,6 +43,7 @@ class ModernBert(Family):
     architecture = "ModernBertForMaskedLM"
     auto_class = "AutoModelForMaskedLM"
     objective = "mlm"
+    attention = Attention.bidirectional
     head_prefixes = ("head.", "decoder.")
 
     def native(self, config: HFConfig) -> NativeModel:
@@ -105,7 +107,7 @@ class ModernBert(Family):
             "classifier_activation": SPELLED[ACTIVATIONS[_spelled(head.activation)]],
             "classifier_bias": head.dense_bias,
             "decoder_bias": head.has_bias,
-            "tie_word_embeddings": head.tie_embeddings,
+            "tie_word_embeddings": head.is_tied,
             **_every(backbone),
         }
 
@@ -128,7 +130,7 @@ class ModernBert(Family):
         ]
         for layer in range(1, backbone.num_layers):  # the first layer reads the embedding's norm
             found += with_bias(f"model.layers.{layer}.attn_norm", f"backbone.blocks.{layer}.attention_norm", norm_bias)
-        if not head.tie_embeddings:
+        if not head.is_tied:
             found.append(rename("decoder.weight", "head.w_out.weight"))
         if head.has_bias:
             found.append(rename("decoder.bias", "head.w_out.bias"))
@@ -136,7 +138,7 @@ class ModernBert(Family):
         return [*found, *modules(same | {"model.final_norm": "backbone.norm", "head": "head.norm"})]
 
     def copies(self, model: NativeModel) -> dict[str, str]:
-        return {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.head.tie_embeddings else {}
+        return {"decoder.weight": "model.embeddings.tok_embeddings.weight"} if model.head.is_tied else {}
 
 
 def _split(source: str, dests: tuple[str, ...], bias: bool) -> list[StateMappingTemplate]:
