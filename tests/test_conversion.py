@@ -23,8 +23,8 @@ from heads_lightning.commands import dispatch
 from heads_lightning.composition import compose, from_yaml, to_yaml
 from heads_lightning.configs.requests import ConvertRequest, ConvertTarget
 from heads_lightning.conversion import ConversionError, streaming
-from heads_lightning.conversion.families import FAMILIES
 from heads_lightning.conversion.convert import Conversion, convert
+from heads_lightning.conversion.families import FAMILIES
 from heads_lightning.conversion.sources import ALLOWED, open_weights
 from heads_lightning.data.tokenizer import byte_tokenizer
 from heads_lightning.experiment import build_model, load, tokenizer_files
@@ -382,8 +382,7 @@ def test_a_killed_conversion_leaves_no_folder_and_goes_on(tmp_path: Path) -> Non
     script = (
         "import os, sys\n"
         "from heads_lightning.conversion import streaming\n"
-        "from heads_lightning.conversion.families import FAMILIES
-from heads_lightning.conversion.convert import convert\n"
+        "from heads_lightning.conversion.convert import convert\n"
         "from heads_lightning.configs.requests import ConvertRequest\n"
         "write, count = streaming._write_shard, [0]\n"
         "def stop(path, *rest):\n"
