@@ -121,6 +121,7 @@ def test_a_run_becomes_a_folder_that_transformers_opens_and_generates_from(tmp_p
     [
         (["backbone=ngpt", "head=normalized"], "AutoModelForCausalLM"),
         (["head.logit_softcap=5.0"], "AutoModelForCausalLM"),
+        (["objective=mlm", "head=mlm"], "AutoModelForMaskedLM"),
     ],
 )
 def test_what_transformers_cannot_express_goes_under_our_own_classes_and_says_so(
@@ -143,7 +144,8 @@ def test_what_transformers_cannot_express_goes_under_our_own_classes_and_says_so
     from heads_lightning.batch import Batch
 
     with torch.no_grad():
-        want = head(backbone(Batch(tokens, tokens, Attention.causal, 0, 0)))
+        attention = Attention.bidirectional if "Masked" in opener else Attention.causal
+        want = head(backbone(Batch(tokens, tokens, attention, 0, 0)))
         torch.testing.assert_close(model(tokens).logits, want, rtol=0, atol=0)
         assert model(tokens, labels=tokens).loss.isfinite()
     model.save_pretrained(tmp_path / "again")

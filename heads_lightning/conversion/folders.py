@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from heads_lightning.batch import Attention
 from heads_lightning.composition import compose, from_yaml, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.layers import Position
+from heads_lightning.configs.objective import objectives
 from heads_lightning.conversion.families import OWN, Family, NativeModel, family_of_config
 from heads_lightning.conversion.pretrained import native_backbone, read_config
 from heads_lightning.conversion.sources import TensorSource, TorchSource, open_weights
@@ -27,6 +29,7 @@ from heads_lightning.training.checkpoints import KEY, read_checkpoint
 
 CONFIG, NATIVE_CONFIG, RECORD, GENERATION = "config.json", "config.yaml", "conversion.json", "generation_config.json"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DECODER_START = "decoder_start_token_id"
 TRAVELLING = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", GENERATION),
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
@@ -73,7 +76,7 @@ def open_checkpoint(reference: str, *, run_root: str = "runs") -> Checkpoint:
 def _open_huggingface(name: str, folder: Path) -> Checkpoint:
     config = read_config(folder)
     family = family_of_config(config)
-    tokens = {key: config[key] for key in TOKEN_FIELDS if key in config}
+    tokens = {key: config[key] for key in (*TOKEN_FIELDS, DECODER_START) if key in config}
     return Checkpoint(name, "huggingface", family.native(config), open_weights(folder), family, _travelling(folder), tokens)
 
 
@@ -121,7 +124,12 @@ def special_tokens(vocabulary: Vocabulary | None, vocab_size: int = 0) -> dict[s
 def huggingface_files(checkpoint: Checkpoint, family: Family, model: NativeModel, dtype: str) -> dict[str, str | bytes]:
     """Everything of a Hugging Face folder but the weights."""
     tokens = checkpoint.tokens or special_tokens(_vocabulary(checkpoint.files), model.vocab_size)
-    config = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
+    if family.attention == Attention.encoder_decoder:  # T5 decodes from padding
+        tokens = {DECODER_START: tokens.get("pad_token_id")} | tokens
+    architecture = family.architecture
+    if family is OWN and checkpoint.config is not None and checkpoint.config.objective.attention == Attention.bidirectional:
+        architecture = OWN.masked_architecture
+    config = {"architectures": [architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
     files: dict[str, str | bytes] = {CONFIG: _json(config | family.describe(model) | tokens), **checkpoint.files}
     if family.objective == "causal":
         files.setdefault(
@@ -138,7 +146,10 @@ def native_files(checkpoint: Checkpoint, model: NativeModel) -> dict[str, str | 
 
 def default_experiment(model: NativeModel, family: Family) -> ExperimentConfig:
     """An experiment around a model that did not come from one: the defaults of everything else."""
-    config = compose([f"objective={family.objective}", f"head={model.head.name}"])
+    supported = model.backbone.attention_supported()
+    fitting = [name for name, cls in objectives.items() if cls.attention in supported]
+    objective = family.objective if family.objective in fitting else fitting[0]
+    config = compose([f"objective={objective}", f"head={model.head.name}", f"backbone={model.backbone.name}"])
     length = config.data.sequence_length
     if getattr(model.backbone, "position", None) == Position.learned:
         length = min(length, model.backbone.max_positions)  # pyright: ignore[reportAttributeAccessIssue]

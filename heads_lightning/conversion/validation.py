@@ -6,6 +6,7 @@ too, and ours may be no farther from the fp32 result than twice the distance of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from heads_lightning.batch import Attention
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import Position
 from heads_lightning.conversion.converter import StateConverter
+from heads_lightning.conversion.families import OWN
 from heads_lightning.conversion.families.base import Family, NativeModel
 from heads_lightning.conversion.mapping import ConversionError, StateType, listed
 from heads_lightning.conversion.native import NativeLM
@@ -80,7 +82,9 @@ def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.fl
     from heads_lightning.conversion import auto
 
     auto.register()
-    opener = getattr(transformers, family.auto_class)
+    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [family.architecture]
+    masked = architecture[0].endswith("ForMaskedLM")
+    opener = getattr(transformers, "AutoModelForMaskedLM" if masked else family.auto_class)
     was = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -112,7 +116,7 @@ def compare(theirs: nn.Module, ours: NativeLM, family: Family, model: NativeMode
     batch = validation_batch(model)
     pairs = _module_pairs(theirs, ours, family, model)
     with torch.no_grad(), _recorded(theirs, [a for a, _ in pairs]) as left, _recorded(ours, [b for _, b in pairs]) as right:
-        want, got = run_theirs(theirs, batch, family, model), run_ours(ours, batch, family)
+        want, got = run_theirs(theirs, batch, family, model), run_ours(ours, batch, attention_of(theirs, family))
     error = distance(got, want, batch)
     if not error <= tolerance:
         raise ConversionError(
@@ -129,10 +133,10 @@ def compare_in(
     Raises:
         ConversionError: ours is more than twice as far from fp32 as theirs.
     """
-    batch = validation_batch(model)
+    batch, attention = validation_batch(model), attention_of(theirs, family)
     with torch.no_grad():
         exact = run_theirs(theirs, batch, family, model)
-        rough, got = run_theirs(theirs.to(dtype), batch, family, model), run_ours(ours.to(dtype), batch, family)
+        rough, got = run_theirs(theirs.to(dtype), batch, family, model), run_ours(ours.to(dtype), batch, attention)
     agreement.half = (distance(got, exact, batch), distance(rough, exact, batch))
     if agreement.half[0] > 2 * agreement.half[1] + TOLERANCE:
         raise ConversionError(f"in {dtype} ours is {agreement.half[0]:.1e} from fp32, transformers' own {agreement.half[1]:.1e}")
@@ -145,12 +149,17 @@ def run_theirs(theirs: nn.Module, batch: ValidationBatch, family: Family, model:
     return theirs(batch.tokens_BS, attention_mask=batch.mask_BS, **given).logits[..., : model.vocab_size]
 
 
-def run_ours(ours: NativeLM, batch: ValidationBatch, family: Family) -> Tensor:
+def run_ours(ours: NativeLM, batch: ValidationBatch, attention: Attention) -> Tensor:
     """Our logits [B, S, V] of the same."""
     tokens, mask = batch
-    if family.attention == Attention.encoder_decoder:
-        return ours(tokens.flip(1), mask, attention=family.attention, encoder_tokens_BT=tokens)
-    return ours(tokens, mask, attention=family.attention)
+    if attention == Attention.encoder_decoder:
+        return ours(tokens.flip(1), mask, attention=attention, encoder_tokens_BT=tokens)
+    return ours(tokens, mask, attention=attention)
+
+
+def attention_of(theirs: nn.Module, family: Family) -> Attention:
+    """How positions see each other in a model of transformers. Of our own classes one sees both sides."""
+    return Attention.bidirectional if type(theirs).__name__ == OWN.masked_architecture else family.attention
 
 
 def distance(got: Tensor, want: Tensor, batch: ValidationBatch) -> float:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from heads_lightning.batch import Attention
 from heads_lightning.composition.saved import plain, rebuild
 from heads_lightning.configs.backbone import BackboneConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel, needed, rename
 from heads_lightning.conversion.mapping import StateMappingTemplate
+from heads_lightning.registry import ConfigError
 
 
 class Own(Family):
@@ -21,6 +23,8 @@ class Own(Family):
 
     name = "heads_lightning"
     architecture = "HeadsLightningForCausalLM"
+    masked_architecture: ClassVar[str] = "HeadsLightningForMaskedLM"
+    """The class for models that see both sides."""
     prefix = "backbone."
     head_prefixes = ("head.",)
     left_out: ClassVar[Mapping[str, str]] = {}
@@ -31,6 +35,8 @@ class Own(Family):
         return NativeModel(backbone, head, needed(config, "vocab_size"))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:
+        if Attention.encoder_decoder in model.backbone.attention_supported():
+            raise ConfigError(f"backbone={model.backbone.name}: our own classes have no encoder beside a decoder, and no other family fits")
         parts = {"backbone": plain(model.backbone), "head": plain(model.head)}
         return {"vocab_size": model.vocab_size, "hidden_size": model.backbone.d_model, **parts}
 
