@@ -464,6 +464,9 @@ def test_import_composes_without_torch_and_rebuilds_without_the_folder(tmp_path:
     assert sum(p.numel() for p in backbone.parameters()) == config.backbone.num_params(VOCAB)
     with pytest.raises(ConfigError, match="cannot be read"):
         compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'hf'}"])
+    saved("gpt2", tmp_path / "gpt2")
+    with pytest.raises(ConfigError, match=r"data.sequence_length=256 is longer than backbone.max_positions=64"):
+        compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'gpt2'}"])
     with pytest.raises(ConfigError, match=r"backbone.d_model=64 cannot be set"):
         compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'gone'}", "backbone.d_model=64"])
 
@@ -474,7 +477,7 @@ def test_import_has_the_weights_of_trunk_and_head(case: str, tmp_path: Path) -> 
     options = {"llama": ["head.bias=false"], "gpt2": ["head.bias=false", "head.tie_embeddings=true"]}
     options["bert"] = ["objective=mlm", "head=mlm", "head.tie_embeddings=true", "head/layer_norm=layer_norm", "head.layer_norm.bias=true"]
     options["bert"] += ["head.layer_norm.eps=1e-12"]
-    config = compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'hf'}", *options[case]])
+    config = compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'hf'}", "data.sequence_length=64", *options[case]])
     said: list[str] = []
     backbone, head = build_model(config, VOCAB, say=said.append)
     assert len(said) == 1, said

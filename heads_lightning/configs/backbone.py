@@ -40,6 +40,10 @@ class BackboneConfig(Option):
         """Attention kinds of this very config (a field may narrow what the class supports)."""
         return self.supports
 
+    def described(self) -> BackboneConfig:
+        """The config of what is built: this one, unless it takes another's from elsewhere."""
+        return self
+
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         """The module (heads_lightning.backbones.base.Backbone)."""
         raise NotImplementedError  # abstract

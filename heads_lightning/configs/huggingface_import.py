@@ -61,6 +61,9 @@ class HuggingFaceImportConfig(BackboneConfig):
 
         return native_backbone(self)
 
+    def described(self) -> BackboneConfig:
+        return self.native() if self._is_given else self
+
     def attention_supported(self) -> frozenset[Attention]:
         return self.native().attention_supported() if self._is_given else self.supports
 

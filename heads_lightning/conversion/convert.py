@@ -20,6 +20,7 @@ from heads_lightning.conversion.folders import Checkpoint, open_checkpoint
 from heads_lightning.conversion.mapping import ConversionError, StateMapping, StateMappingTemplate, listed
 from heads_lightning.conversion.native import NativeLM, check_shapes
 from heads_lightning.conversion.sources import TensorSource, open_weights
+from heads_lightning.conversion.validation import compare, compare_in, open_huggingface, require_transformers
 from heads_lightning.registry import ConfigError
 
 VOCABULARY = ("backbone.embedding.weight", "head.w_out.weight", "head.w_out.bias", "head.sz")
@@ -77,6 +78,8 @@ def convert(request: ConvertRequest, *, say: Callable[[str], None] = print) -> C
         ConversionError: weights do not correspond, or the two models disagree. Nothing bears the target's name then.
     """
     began = time.monotonic()
+    if request.validate:
+        require_transformers()
     target = streaming.Target(Path(request.out).expanduser())
     checkpoint = open_checkpoint(request.from_, run_root=request.run_root)
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
@@ -210,8 +213,6 @@ def _write_files(planned: Plan, target: streaming.Target, request: ConvertReques
 
 def _validate(planned: Plan, target: streaming.Target, request: ConvertRequest) -> dict[str, Any]:
     """Run both sides on the same batch, from the files as they were written."""
-    from heads_lightning.conversion.validation import compare, compare_in, open_huggingface
-
     written = open_weights(target.partial)
     native = written if request.to == ConvertTarget.native else planned.source
     if planned.checkpoint.form == request.to:

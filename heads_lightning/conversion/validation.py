@@ -6,6 +6,7 @@ too, and ours may be no farther from the fp32 result than twice the distance of 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,14 @@ def validation_batch(model: NativeModel, seed: int = 0) -> ValidationBatch:
     return ValidationBatch(tokens, (torch.arange(length) < lengths[:, None]).long())
 
 
+def require_transformers() -> None:
+    """Refuse to validate without transformers: said before anything is converted."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "validation runs transformers, which is not installed: pip install 'heads-lightning[huggingface]', or validate=false"
+        )
+
+
 def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a folder, by transformers, which may find nothing missing and nothing left over.
 
@@ -73,12 +82,9 @@ def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.fl
         ConfigError: transformers is not installed.
         ConversionError: weights would be left at their random initialisation.
     """
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            "validation runs transformers, which is not installed: pip install 'heads-lightning[huggingface]', or validate=false"
-        ) from None
+    require_transformers()
+    import transformers
+
     from heads_lightning.conversion import auto
 
     auto.register()

@@ -47,8 +47,11 @@ class T5(Family):
         gated, _, spelled = config["feed_forward_proj"].rpartition("-")
         if gated not in ("", "gated") or spelled not in ACTIVATIONS:
             raise ConfigError(f"feed_forward_proj={config['feed_forward_proj']} has no native counterpart")
+        # v1.1 says tie_word_embeddings=false; transformers 5 writes true for both and tells them apart by the scale
+        scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
+        preset = T5Preset.t5_v1_0 if scaled else T5Preset.t5_v1_1
         backbone = T5Config(
-            preset=T5Preset.t5_v1_1,
+            preset=preset,
             d_model=needed(config, "d_model"),
             num_layers=needed(config, "num_layers"),
             num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
@@ -62,10 +65,7 @@ class T5(Family):
             relative_buckets=config.get("relative_attention_num_buckets", 32),
             relative_max_distance=config.get("relative_attention_max_distance", 128),
         )
-        # v1.1 says tie_word_embeddings=false; transformers 5 writes true for both and tells them apart by the scale
-        scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
-        head = T5LMHeadConfig(preset=T5Preset.t5_v1_0 if scaled else T5Preset.t5_v1_1)
-        return NativeModel(backbone, head, needed(config, "vocab_size"))
+        return NativeModel(backbone, T5LMHeadConfig(preset=preset), needed(config, "vocab_size"))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:
         backbone, head = model.backbone, model.head
