@@ -18,7 +18,6 @@ from heads_lightning.composition import compose, from_yaml, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.layers import Position
-from heads_lightning.configs.objective import objectives
 from heads_lightning.conversion.families import OWN, Family, NativeModel, family_of_config
 from heads_lightning.conversion.pretrained import native_backbone, read_config
 from heads_lightning.conversion.sources import TensorSource, TorchSource, open_weights
@@ -146,9 +145,9 @@ def native_files(checkpoint: Checkpoint, model: NativeModel) -> dict[str, str | 
 
 def default_experiment(model: NativeModel, family: Family) -> ExperimentConfig:
     """An experiment around a model that did not come from one: the defaults of everything else."""
-    supported = model.backbone.attention_supported()
-    fitting = [name for name, cls in objectives.items() if cls.attention in supported]
-    objective = family.objective if family.objective in fitting else fitting[0]
+    objective = family.objective
+    if family is OWN:  # any backbone: what it was trained for is not known
+        objective = "causal" if Attention.causal in model.backbone.attention_supported() else "mlm"
     config = compose([f"objective={objective}", f"head={model.head.name}", f"backbone={model.backbone.name}"])
     length = config.data.sequence_length
     if getattr(model.backbone, "position", None) == Position.learned:
