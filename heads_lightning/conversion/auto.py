@@ -35,7 +35,8 @@ class HeadsLightningConfig(PreTrainedConfig):
         self.head = head
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
-        super().__init__(**{"tie_word_embeddings": False} | kwargs)
+        options: dict[str, Any] = {"tie_word_embeddings": False} | kwargs
+        super().__init__(**options)
 
 
 class _HeadsLightningModel(PreTrainedModel):

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.registry import RunError
 
@@ -161,7 +161,7 @@ class StateMapping:
         return f"{shapes} → {listed(self.dest_keys)}"
 
 
-def _contiguous() -> object:
+def _contiguous() -> Any:
     import torch
 
     return torch.contiguous_format

@@ -75,7 +75,7 @@ class SafetensorsSource(TensorSource):
         flat = torch.empty(spec.numel() * spec.element_size(), dtype=torch.uint8)
         with self.opened(name) as file:
             assert file is not None
-            read_exactly(file, memoryview(flat.numpy()))
+            read_exactly(file, memoryview(flat.numpy()))  # pyright: ignore[reportArgumentType]
         return flat.view(spec.dtype).view(spec.shape) if spec.numel() else torch.empty(spec.shape, dtype=spec.dtype)
 
     @contextmanager

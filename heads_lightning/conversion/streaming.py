@@ -198,7 +198,8 @@ def _write_mapping(
         tensor = cast(made.pop(0), dtype).contiguous()
         if tensor.shape != shard.specs[name].shape or tensor.dtype != shard.specs[name].dtype:
             raise ConversionError(f"{name} came out as {list(tensor.shape)} {tensor.dtype}, not as planned")
-        _write_all(file, memoryview(tensor.flatten().view(torch.uint8).numpy()) if tensor.numel() else memoryview(b""))
+        values = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
+        _write_all(file, memoryview(values))  # pyright: ignore[reportArgumentType]
 
 
 def _copy(source: BinaryIO, dest: BinaryIO, count: int, buffer: memoryview) -> None:
