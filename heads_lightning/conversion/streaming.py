@@ -180,8 +180,15 @@ def _write_shard(path: Path, shard: Shard, source: TensorSource, dtype: torch.dt
         _write_all(file, memoryview(shard.header()))  # pyright: ignore[reportArgumentType]
         for mapping in shard.mappings:
             _write_mapping(file, mapping, shard, source, dtype, buffer)  # pyright: ignore[reportArgumentType]
+            _begin_writing_back(file.fileno())
         _sync(file)  # pyright: ignore[reportArgumentType]
     temporary.replace(path)
+
+
+def _begin_writing_back(descriptor: int) -> None:
+    """Let the disk work while the next tensors are computed; otherwise it waits for the sync at the end."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _write_mapping(
