@@ -59,6 +59,12 @@ class Examples(NamedTuple):
     """int32 [B, T]: like segments_BS; a decoder position sees encoder positions of the same segment."""
     part_BS: np.ndarray | None = None
     """int8 [B, S]: which component of the loss a target is reported under (see Objective.parts). None: all 0."""
+    values_BS: np.ndarray | None = None
+    """float32 [B, S], finite: the number that each position with a label must score (objective=value); 0 elsewhere."""
+    old_values_BS: np.ndarray | None = None
+    """float32 [B, S], finite: its score when the data was made, which a clipped loss stays near; 0 elsewhere."""
+    counts_B: np.ndarray | None = None
+    """int64 [B]: what each row counts for in the divisor of the loss. None: its labels. (Pairs and sequences count once.)"""
 
 
 class Batch(NamedTuple):
@@ -68,7 +74,7 @@ class Batch(NamedTuple):
     labels_BS: torch.Tensor
     attention: Attention
     num_targets: int
-    """Targets in this micro-batch, counted on the host: no loss has to synchronise with the device to know it."""
+    """Targets in this micro-batch (Examples.counts_B), counted on the host: no loss has to synchronise with the device to know it."""
     step_targets: int
     """Targets in this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
     segments_BS: torch.Tensor | None = None
@@ -77,6 +83,8 @@ class Batch(NamedTuple):
     encoder_tokens_BT: torch.Tensor | None = None
     encoder_segments_BT: torch.Tensor | None = None
     part_BS: torch.Tensor | None = None
+    values_BS: torch.Tensor | None = None
+    old_values_BS: torch.Tensor | None = None
 
     @classmethod
     def from_examples(cls, examples: Examples, attention: Attention, *, step_targets: int | None = None) -> Batch:
@@ -84,8 +92,9 @@ class Batch(NamedTuple):
         import numpy as np
         import torch
 
-        num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE))
-        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in examples._asdict().items()}
+        counts_B = examples.counts_B
+        num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE) if counts_B is None else counts_B.sum())
+        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in examples._asdict().items() if k != "counts_B"}
         return cls(
             **tensors,  # pyright: ignore[reportArgumentType]
             attention=attention,

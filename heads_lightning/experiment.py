@@ -16,10 +16,13 @@ from heads_lightning.backbones.base import Backbone
 from heads_lightning.composition import from_yaml, validate
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
-from heads_lightning.data.prepare import PreparedData, prepare
+from heads_lightning.data.prepare import PreparedData, Progress, prepare
+from heads_lightning.data.scored import PreparedRecords, prepare_records
 from heads_lightning.data.tokenizer import TOKENIZER_FILE, Tokenizer, from_huggingface
 from heads_lightning.heads.base import Head, LMHead
+from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
@@ -31,7 +34,7 @@ class Experiment:
     """The parts of a run."""
 
     config: ExperimentConfig
-    prepared: PreparedData
+    prepared: PreparedData | PreparedRecords
     objective: Objective
     datamodule: TokenDataModule
     module: LanguageModule
@@ -51,8 +54,8 @@ def build_model(
     generator = torch.Generator(device=device).manual_seed(config.seed)
     backbone.reset_parameters(generator)
     head.reset_parameters(generator)
-    if isinstance(config.head, LMHeadConfig) and config.head.is_tied:
-        assert isinstance(head, LMHead)
+    if config.head.is_tied:
+        assert isinstance(head, LMHead | ValueHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
     if say is not None:
         for line in config.backbone.load_pretrained(backbone, head):
@@ -62,9 +65,13 @@ def build_model(
 
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
     """The head that fits a backbone."""
-    assert isinstance(config.head, LMHeadConfig)
     embedding = backbone.embedding if config.head.is_tied else None
-    return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
+    where = {"d_model": backbone.d_model, "vocab_size": vocab_size, "init_device": init_device, "embedding": embedding}
+    if isinstance(config.head, ValueHeadConfig):
+        assert isinstance(config.objective, ValueConfig)  # validated: objective and head predict the same
+        return config.head.build(**where, objective=config.objective)
+    assert isinstance(config.head, LMHeadConfig)
+    return config.head.build(**where)
 
 
 def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
@@ -85,6 +92,13 @@ def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
     return progress
 
 
+def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) -> PreparedData | PreparedRecords:
+    """The data of an experiment: records with their numbers for objective=value where the source has them, else a stream of tokens."""
+    if isinstance(config.objective, ValueConfig) and config.data.has_records:
+        return prepare_records(config.data, config.tokenizer, config.objective, progress=progress)
+    return prepare(config.data, config.tokenizer, progress=progress)
+
+
 def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
     """Prepare the data and build every part.
 
@@ -92,7 +106,7 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare(config.data, config.tokenizer, progress=_said_once(say))
+    prepared = prepare_data(config, progress=_said_once(say))
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,
@@ -163,7 +177,8 @@ def load(reference: str, *, run_root: str = "runs", device: torch.device | str =
     config = from_yaml(checkpoint[KEY]["config"])
     tokenizer = tokenizer_from(checkpoint[KEY]["tokenizer"])
     weights = checkpoint["state_dict"]
-    rows = len(weights["backbone.embedding.weight"])  # a converted model may have more of them than the tokenizer has tokens
+    # a converted model may have more rows than the tokenizer has tokens
+    rows = checkpoint[KEY].get("vocab_size", tokenizer.vocabulary.size)
     backbone, head = build_model(config, rows, device=device)
     backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
     head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})

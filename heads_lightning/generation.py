@@ -162,9 +162,7 @@ def _first_batch(
     if decoder_prompts is None or len(decoder_prompts) != len(prompts):
         raise ValueError("attention=encoder_decoder needs one decoder prompt for each prompt: its start token at least")
     written_BS, written_segments_BS = _pad_left(decoder_prompts, device)
-    return _batch(
-        written_BS, attention, segments_BS=written_segments_BS, encoder_tokens_BT=tokens_BS, encoder_segments_BT=segments_BS
-    )
+    return _batch(written_BS, attention, segments_BS=written_segments_BS, encoder_tokens_BT=tokens_BS, encoder_segments_BT=segments_BS)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

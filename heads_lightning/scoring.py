@@ -14,7 +14,9 @@ from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.objective import FIMConfig
 from heads_lightning.configs.requests import InfillRequest
+from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData
+from heads_lightning.data.scored import PreparedRecords
 from heads_lightning.evaluation import (
     HiddenLine,
     Report,
@@ -82,13 +84,32 @@ def can_infill(model: TrainedModel) -> bool:
     return isinstance(model.config.objective, FIMConfig) and model.config.objective.rate > 0
 
 
-def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
+@torch.no_grad()
+def value_metrics(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> dict[str, float]:
+    """What validation says of a model with objective=value, on the same held-out sequences."""
+    config, device = model.config, next(model.head.parameters()).device
+    held_out = TokenDataModule(
+        prepared,
+        config.objective.build(model.tokenizer.vocabulary),
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        seed=config.seed,
+        total_steps=1,
+        validation_sequences=config.data.validation_sequences,
+    ).val_dataloader()
+    found = [model.head.loss(model.backbone(batch.to(device)), batch.to(device), divisor=None).statistics for batch in held_out]
+    total = torch.stack([statistics for statistics in found if statistics is not None]).sum(0)
+    return {f"val/{name}": value for name, value in model.head.metrics(total.tolist()).items()}
+
+
+def evaluate(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> Outcome:
     """The whole protocol, as far as the model goes."""
     config = model.config.evaluation
     report = Report()
     if fills_spans(model.config.objective):
         return _evaluate_spans(model, prepared, report)
-    if not can_read_left_to_right(model):
+    if not can_read_left_to_right(model) or isinstance(prepared, PreparedRecords):
         return Outcome(report, [])
     if isinstance(model.config.data, RepeatConfig):
         _copy_accuracy(model, prepared, report)

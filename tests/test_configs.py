@@ -25,7 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {f"num_{what}": 2 for what in ("hidden_layers", "attention_heads")} | {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 9}
 SOURCE = tempfile.mkdtemp()
 (Path(SOURCE) / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES))
-NEEDED = {"tokenizer=huggingface": ["tokenizer.path=tokenizer.json"], "backbone=huggingface_import": [f"backbone.source={SOURCE}"]}
+NEEDED = {
+    "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+    "backbone=huggingface_import": [f"backbone.source={SOURCE}"],
+    "backbone=huggingface": ["backbone.source=some/model"],
+    **{
+        f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
+        for size in ("tiny", *(f"large_{2**n}" for n in (7, 9, 10, 12)))
+    },
+}
 """Overrides without which an option is not complete."""
 
 prepare_store()
@@ -46,7 +54,8 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & cls.supports)
+            given = cls().attention_supported()
+            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & given)
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 

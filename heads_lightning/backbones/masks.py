@@ -55,9 +55,7 @@ class AttentionMask:
     def from_keep(cls, keep: Tensor) -> AttentionMask:
         """Hugging Face's: [B, T] of 1 (real) and 0 (padding), or the same per query, [B, S, T]."""
         if keep.dtype == torch.bool:
-            raise TypeError(
-                "a keep mask holds the numbers 1 and 0; for a bool tensor take from_attend or from_blocked"
-            )
+            raise TypeError("a keep mask holds the numbers 1 and 0; for a bool tensor take from_attend or from_blocked")
         if not bool(((keep == 0) | (keep == 1)).all()):
             raise ValueError("a keep mask holds 1 (real) and 0 (padding) alone; token ids are turned into one by `ids != padding_id`")
         return cls(_three(keep[:, None] if keep.ndim == 2 else keep) == 1)

@@ -6,6 +6,7 @@ from heads_lightning.configs import (
     evaluation,
     experiment,
     head,
+    huggingface,
     huggingface_import,
     objective,
     optimizer,
@@ -14,6 +15,7 @@ from heads_lightning.configs import (
     tokenizer,
     tracking,
     trainer,
+    value,
 )
 from heads_lightning.configs.experiment import ExperimentConfig
 
@@ -24,6 +26,7 @@ __all__ = [
     "evaluation",
     "experiment",
     "head",
+    "huggingface",
     "huggingface_import",
     "objective",
     "optimizer",
@@ -32,4 +35,5 @@ __all__ = [
     "tokenizer",
     "tracking",
     "trainer",
+    "value",
 ]

@@ -48,6 +48,11 @@ class HeadConfig(Option):
     predicts: ClassVar[str] = "token"
     """What the head scores: must equal the objective's `predicts`."""
 
+    @property
+    def is_tied(self) -> bool:
+        """True when the projection is the backbone's embedding."""
+        return bool(getattr(self, "tie_embeddings", False))
+
 
 heads: Registry[HeadConfig] = Registry("head", HeadConfig)
 
@@ -104,11 +109,6 @@ class LMHeadConfig(HeadConfig):
     def num_params(self, d_model: int, vocab_size: int) -> int:
         """Learned numbers of the head; a tied projection counts as the embedding's."""
         raise NotImplementedError  # abstract
-
-    @property
-    def is_tied(self) -> bool:
-        """The tying that the head will have."""
-        return bool(self.tie_embeddings)
 
     def _size(self, d_model: int, vocab_size: int, *, bias: bool) -> int:
         norm = self.layer_norm.num_params(d_model) if self.layer_norm else 0

@@ -124,3 +124,43 @@ class LocalAttention:
     """Layers, counted from 0, that see everything all the same."""
     rotary_base: float | None = None
     """Base of the rotary frequencies of local layers, never scaled. None: rotary_base and rotary_scaling, as in the others."""
+
+
+class Direction(StrEnum):
+    """What a recurrent backbone reads."""
+
+    bidirectional = "bidirectional"
+    """The whole sequence: masked language modelling."""
+    causal = "causal"
+    """What came before: left-to-right and infilling objectives, generation with a state of constant size."""
+
+
+class CausalForm(StrEnum):
+    """What becomes of the backward branch of BiGS when it may not look ahead."""
+
+    dual = "dual"
+    """A second state-space model, causal as the first: the parameters of the bidirectional model, so that one can be started from it."""
+    gate = "gate"
+    """No state: the branch gates by the position itself."""
+    single = "single"
+    """No such branch."""
+
+
+class Convolution(StrEnum):
+    """How a sequence is convolved with a state-space model's kernel. Always the same numbers, within rounding."""
+
+    auto = "auto"
+    """fft where a row is one document, chunked where documents are packed: the faster one where there is a choice, as measured on CPU."""
+    fft = "fft"
+    """Fourier transform. Packed rows, at whose borders it cannot stop, are read in chunks all the same."""
+    chunked = "chunked"
+    """Matrix products inside chunks and a state between them; up to 256 positions one chunk."""
+
+
+class GateActivation(StrEnum):
+    """Form of the Gaussian error linear unit in BiGS's gates. They differ by up to 5e-4."""
+
+    gelu_tanh = "gelu_tanh"
+    """tanh approximation: what the published checkpoints were trained with."""
+    gelu = "gelu"
+    """Exact: what the published PyTorch port computes."""

@@ -18,6 +18,7 @@ import lightning
 import torch
 
 from heads_lightning.batch import Batch
+from heads_lightning.data.scored import PreparedRecords, ScoredSplit, ScoredStream
 from heads_lightning.data.shards import PreparedData, Split
 from heads_lightning.data.stream import SampleStream, rows_of
 from heads_lightning.objectives.base import Objective
@@ -25,6 +26,9 @@ from heads_lightning.registry import ConfigError
 
 VALIDATION_SEED = 20_220_728
 """Windows and transforms of validation do not depend on the seed of the experiment: results of different seeds are comparable."""
+
+
+Stream = SampleStream | ScoredStream
 
 
 class StepBatches:
@@ -40,7 +44,7 @@ class StepBatches:
     """
 
     def __init__(
-        self, stream: SampleStream, objective: Objective, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+        self, stream: Stream, objective: Objective, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
     ) -> None:
         if global_batch_size % world_size:
             raise ConfigError(
@@ -113,9 +117,7 @@ class ValidationLoader:
         world_size: processes in all.
     """
 
-    def __init__(
-        self, stream: SampleStream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, stream: Stream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int) -> None:
         self._stream, self._attention, self._micro_batch_size = stream, objective.attention, micro_batch_size
         self._start, self._stop = sequences * rank // world_size, sequences * (rank + 1) // world_size
 
@@ -147,7 +149,7 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        prepared: PreparedData,
+        prepared: PreparedData | PreparedRecords,
         objective: Objective,
         *,
         sequence_length: int,
@@ -251,7 +253,9 @@ class TokenDataModule(lightning.LightningDataModule):
         return rank, world_size
 
 
-def _stream(split: Split, objective: Objective, sequence_length: int, *, seed: int, shift: bool) -> SampleStream:
+def _stream(split: Split | ScoredSplit, objective: Objective, sequence_length: int, *, seed: int, shift: bool) -> Stream:
+    if isinstance(split, ScoredSplit):
+        return ScoredStream(split, objective, sequence_length=sequence_length, seed=seed)
     stream = SampleStream(split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift)
     if stream.windows == 0:
         needed, longest = objective.window(sequence_length).length, max((len(s.tokens) for s in split.shards), default=0)

@@ -79,10 +79,11 @@ def _check_packing_and_padding(model: nn.Module) -> None:
                 with torch.no_grad():
                     alone = model(_batch(decoder[:, mine], encoder[:, theirs]))
                 assert_near(hidden[:, mine], alone, 1e-9, f"{KIND}, {name}: a segment against itself alone (its positions count from 0)")
-    nothing = torch.full_like(encoder, PADDING)
+    blind = _batch(decoder, encoder, encoder_segments_BT=torch.full_like(encoder, PADDING))
     with torch.no_grad():
-        hidden = model(_batch(decoder, encoder, encoder_segments_BT=nothing))
-    assert hidden.isfinite().all(), f"{KIND}: an encoder row of padding alone is not finite"
+        assert model(blind).isfinite().all(), f"{KIND}: an encoder row of padding alone gives what is not finite"
+    change = _changed_at(model, blind, blind._replace(encoder_tokens_BT=_draw(2, 24, 9)))
+    assert not (change > LEAK).any(), f"{KIND}: a decoder that may see nothing of the encoder sees its padding"
 
 
 def _check_cache(model: Any) -> None:

@@ -46,7 +46,8 @@ def check_objective(config: ObjectiveConfig, *, vocabulary: Vocabulary | None = 
     count = min(24, (len(stream) - window.length) // window.stride)
     _check_shapes(objective, make_examples(objective, stream, sequence_length, range(count)), vocabulary, sequence_length)
     _check_purity(objective, stream, sequence_length, count)
-    _check_nothing_to_predict_can_be_read(objective, vocabulary, sequence_length)
+    if config.predicts == "token":  # the label of a value is the token after it, which nobody is to predict
+        _check_nothing_to_predict_can_be_read(objective, vocabulary, sequence_length)
 
 
 def _check_roles(config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
@@ -63,13 +64,15 @@ def _check_roles(config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
 def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, sequence_length: int) -> None:
     rows = len(made.tokens_BS)
     kinds = {"tokens": np.int64, "labels": np.int64, "segments": np.int32, "weights": np.float32, "prefix": bool, "part": np.int8}
+    kinds |= {"values": np.float32, "old_values": np.float32, "counts": np.int64}
     for name, array in made._asdict().items():
         if array is not None:
             kind = kinds[name.removeprefix("encoder_").rsplit("_", 1)[0]]
             assert array.dtype == kind, f"{name} is {array.dtype}, not {np.dtype(kind)}"
             assert array.flags["C_CONTIGUOUS"], f"{name} is not contiguous: use np.ascontiguousarray"
-            shape = (rows, objective.decoder_length(sequence_length))
+            shape = (rows,) if name.endswith("_B") else (rows, objective.decoder_length(sequence_length))
             assert name.startswith("encoder_") or array.shape == shape, f"{name} is {array.shape}"
+            assert np.isfinite(array).all(), f"{name} has numbers that are not finite"
     assert (made.prefix_BS is not None) == (objective.attention == Attention.prefix), (
         "prefix_BS belongs to attention=prefix, and only there"
     )

@@ -89,7 +89,8 @@ def _read_weights_folder(folder: Path) -> dict[str, Any]:
     tokenizer = {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
     if names[0] not in tokenizer:
         raise ConfigError(f"{folder} holds no tokenizer.json: its source had none; put one there")
-    record = {"config": (folder / "config.yaml").read_text(encoding="utf-8"), "tokenizer": tokenizer}
+    record: dict[str, Any] = {"config": (folder / "config.yaml").read_text(encoding="utf-8"), "tokenizer": tokenizer}
+    record["vocab_size"] = len(weights["backbone.embedding.weight"])
     return {"state_dict": weights, "global_step": 0, KEY: record}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.composition.saved import plain, rebuild
+from heads_lightning.composition.saved import plain, section_from
 from heads_lightning.configs.backbone import BackboneConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel, needed, rename
@@ -30,8 +30,8 @@ class Own(Family):
     left_out: ClassVar[Mapping[str, str]] = {}
 
     def native(self, config: HFConfig) -> NativeModel:
-        backbone = rebuild(BackboneConfig, needed(config, "backbone"), "config.json")
-        head = rebuild(LMHeadConfig, needed(config, "head"), "config.json")
+        backbone = section_from(BackboneConfig, needed(config, "backbone"), "config.json")
+        head = section_from(LMHeadConfig, needed(config, "head"), "config.json")
         return NativeModel(backbone, head, needed(config, "vocab_size"))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:
