@@ -8,11 +8,13 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conversion_models import llama_folder
 from torch import Tensor
 
 from heads_lightning.backbones.transformer import Transformer
@@ -70,8 +72,8 @@ def test_head_with_options(config: LMHeadConfig) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(backbones) - {"huggingface"}))  # its weights come from a file: tests/test_huggingface.py
-def test_backbone(name: str) -> None:
-    check_backbone(small(name))
+def test_backbone(name: str, tmp_path: Path) -> None:
+    check_backbone(small(name, source=str(llama_folder(tmp_path, **SMALL))) if name == "huggingface_import" else small(name))
 
 
 CAUSAL = [name for name, cls in backbones.items() if Attention.causal in cls.supports and name != "huggingface"]

@@ -105,7 +105,7 @@ def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _lengths(config: ExperimentConfig) -> Iterator[str]:
-    length, backbone = config.data.sequence_length, config.backbone
+    length, backbone = config.data.sequence_length, config.backbone.described()
     if config.objective.name == "fim" and length < FIM_LEAST:
         yield (
             f"data.sequence_length={length} is too short for objective=fim: its four markers and three parts need "

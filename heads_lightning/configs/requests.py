@@ -1,6 +1,7 @@
 """What the commands that ask a trained model take: `heads-lightning infill checkpoint=RUN …`."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from heads_lightning.registry import ConfigError
 
@@ -75,3 +76,44 @@ class EvaluateRequest(ModelRequest):
     """Hidden lines. None: as in the run's config."""
     json: bool = False
     """Print the numbers as JSON alone."""
+
+
+class ConvertTarget(StrEnum):
+    """Which form a checkpoint gets."""
+
+    huggingface = "huggingface"
+    """A folder that transformers and inference servers open."""
+    native = "native"
+    """A folder that generate and evaluate read."""
+
+
+@dataclass
+class ConvertRequest:
+    """`heads-lightning convert`: a checkpoint in the other form."""
+
+    from_: str = "???"
+    """Run folder, checkpoint file, MLflow run id, or a folder of Hugging Face or of an earlier conversion."""
+    to: ConvertTarget = ConvertTarget.huggingface
+    """The form wanted."""
+    out: str = "???"
+    """Folder to make; it appears when it is whole."""
+    family: str | None = None
+    """model_type to write. None: the first that expresses the model exactly, or our own."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16. None: as stored."""
+    vocab_size: int | None = None
+    """Keep so many rows of a padded vocabulary. None: all."""
+    validate: bool = True
+    """Run both models and compare their logits."""
+    shard_gb: float = 4.0
+    """Gibibytes at which a new file is begun."""
+    run_root: str = "runs"
+    """Folder that holds runs: where an MLflow run id is looked up."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype={self.dtype} does not exist; available: float32, bfloat16, float16")
+        if self.shard_gb <= 0:
+            raise ConfigError(f"shard_gb={self.shard_gb} is out of range; it takes more than 0")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError(f"vocab_size={self.vocab_size} is out of range; it takes 1 or more, or null")
