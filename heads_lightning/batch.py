@@ -50,7 +50,7 @@ class Examples(NamedTuple):
     segments_BS: np.ndarray | None = None
     """int32 [B, S]: number of the packed piece that a position belongs to (0, 1, …); PADDING for padding. None: one segment a row."""
     weights_BS: np.ndarray | None = None
-    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean is the count of targets either way."""
+    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean does not depend on it: see counted_B."""
     prefix_BS: np.ndarray | None = None
     """bool [B, S]: positions of a bidirectional prefix (Attention.prefix only)."""
     encoder_tokens_BT: np.ndarray | None = None
@@ -59,6 +59,9 @@ class Examples(NamedTuple):
     """int32 [B, T]: like segments_BS; a decoder position sees encoder positions of the same segment."""
     part_BS: np.ndarray | None = None
     """int8 [B, S]: which component of the loss a target is reported under (see Objective.parts). None: all 0."""
+    counted_B: np.ndarray | None = None
+    """int64 [B]: tokens that the loss of a row is a mean over, where that is not the count of its targets (masked diffusion: every token
+    that could have been masked). None: the targets."""
 
 
 class Batch(NamedTuple):
@@ -70,13 +73,22 @@ class Batch(NamedTuple):
     num_targets: int
     """Targets in this micro-batch, counted on the host: no loss has to synchronise with the device to know it."""
     step_targets: int
-    """Targets in this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
+    """`counted` of this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
     segments_BS: torch.Tensor | None = None
     weights_BS: torch.Tensor | None = None
     prefix_BS: torch.Tensor | None = None
     encoder_tokens_BT: torch.Tensor | None = None
     encoder_segments_BT: torch.Tensor | None = None
     part_BS: torch.Tensor | None = None
+    mean_over: int | None = None
+    """Tokens that the loss is a mean over (Examples.counted_B). None: the targets."""
+    num_padding: int = 0
+    """Padded positions."""
+
+    @property
+    def counted(self) -> int:
+        """Tokens that the loss of this micro-batch is a mean over."""
+        return self.num_targets if self.mean_over is None else self.mean_over
 
     @classmethod
     def from_examples(cls, examples: Examples, attention: Attention, *, step_targets: int | None = None) -> Batch:
@@ -85,12 +97,17 @@ class Batch(NamedTuple):
         import torch
 
         num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE))
-        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in examples._asdict().items()}
+        arrays = examples._asdict()
+        counted_B = arrays.pop("counted_B")
+        mean_over = None if counted_B is None else int(counted_B.sum())
+        counted = num_targets if mean_over is None else mean_over
         return cls(
-            **tensors,  # pyright: ignore[reportArgumentType]
+            **{k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()},  # pyright: ignore[reportArgumentType]
             attention=attention,
             num_targets=num_targets,
-            step_targets=num_targets if step_targets is None else step_targets,
+            step_targets=counted if step_targets is None else step_targets,
+            mean_over=mean_over,
+            num_padding=0 if examples.segments_BS is None else int(np.count_nonzero(examples.segments_BS == PADDING)),
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:

@@ -95,6 +95,8 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         seed=config.seed,
         validation_sequences=config.data.validation_sequences,
         total_steps=config.trainer.steps(config.data.sequence_length),
+        length_start=config.data.length_start,
+        length_warmup_steps=config.data.length_warmup_steps,
     )
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
     module = LanguageModule(

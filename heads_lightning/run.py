@@ -90,6 +90,8 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
         every_steps=config.trainer.log_every_steps,
         waited_seconds=lambda: experiment.datamodule.wait_seconds,
         tokens_per_step=tokens_per_step,
+        counters=experiment.objective.counters,
+        warn=lambda message: console.print(message, style="yellow"),
     )
     checkpoints = CheckpointCallback(
         run_dir,

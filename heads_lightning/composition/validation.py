@@ -32,6 +32,7 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     """What of this experiment cannot work together, one sentence each."""
     yield from _attention(config)
     yield from _prediction(config)
+    yield from _steps_ahead(config)
     yield from _tied(config)
     yield from _vocabulary(config)
     yield from _lengths(config)
@@ -60,6 +61,16 @@ def _prediction(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
+def _steps_ahead(config: ExperimentConfig) -> Iterator[str]:
+    wanted, given = getattr(config.objective, "steps_ahead", 0), getattr(config.head, "steps_ahead", 0)
+    if wanted and not hasattr(config.head, "steps_ahead"):
+        yield f"objective={config.objective.name} predicts several steps, head={config.head.name} one; use head=default head.steps_ahead={wanted}"
+    elif wanted != given:
+        yield (
+            f"objective={config.objective.name} predicts {wanted} steps beyond the next token, the head {given}; set head.steps_ahead={wanted}"
+        )
+
+
 def _either(names: list[str]) -> str:
     return " or ".join(names) or "another part (none of those installed fits)"
 
@@ -77,11 +88,13 @@ def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
 
 def _lengths(config: ExperimentConfig) -> Iterator[str]:
     length, backbone = config.data.sequence_length, config.backbone
+    length = config.data.length_start or length
     if config.objective.name == "fim" and length < FIM_LEAST:
         yield (
-            f"data.sequence_length={length} is too short for objective=fim: its four markers and three parts need "
-            f"data.sequence_length={FIM_LEAST} or more"
+            f"data.{'length_start' if config.data.length_start else 'sequence_length'}={length} is too short for objective=fim: its four "
+            f"markers and three parts need {FIM_LEAST} positions or more"
         )
+    length = config.data.sequence_length
     positions = getattr(backbone, "max_positions", None)
     if getattr(backbone, "position", None) == "learned" and positions is not None and positions < length:
         yield (

@@ -21,6 +21,11 @@ class DataConfig(Option):
     name: str = ""
     sequence_length: int = 512
     """Positions of a training sequence, sentinels included."""
+    length_start: int | None = None
+    """Positions of a sequence at the beginning of training: sequence_length divided by a power of two. Lengths double up to
+    sequence_length; every step reads equally many positions, in more and shorter sequences. None: no warm-up."""
+    length_warmup_steps: int = 0
+    """Optimizer steps until sequence_length is reached."""
     validation_fraction: float = 0.05
     """Share of documents held out, by a hash of the document's name: a document never changes side."""
     validation_sequences: int = 128
@@ -39,6 +44,15 @@ class DataConfig(Option):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.sequence_length >= 3, "sequence_length", "3 or more (nothing can be cut out of less)")
+        if (self.length_start is None) != (self.length_warmup_steps == 0):
+            raise ConfigError(
+                f"data.length_start={self.length_start} with data.length_warmup_steps={self.length_warmup_steps} is half a warm-up; "
+                f"give both, e.g. data.length_start={max(self.sequence_length // 4, 3)} data.length_warmup_steps=1000, or neither"
+            )
+        if self.length_start is not None:
+            halvings = [self.sequence_length >> k for k in range(1, 20) if self.sequence_length % (1 << k) == 0]
+            self.require(self.length_start in halvings, "length_start", f"{', '.join(map(str, halvings)) or 'none'} (half, a quarter, …)")
+            self.require(self.length_warmup_steps > 0, "length_warmup_steps", "1 or more")
         self.require(0 < self.validation_fraction < 1, "validation_fraction", "0 < validation_fraction < 1")
         self.require(self.validation_sequences >= 1, "validation_sequences", "1 or more")
         self.require(self.prepare_processes is None or self.prepare_processes >= 1, "prepare_processes", "1 or more")

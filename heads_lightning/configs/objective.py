@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 from heads_lightning.batch import Attention
 from heads_lightning.configs.base import Option
+from heads_lightning.configs.fim_format import fim_format
 from heads_lightning.registry import ConfigError, Registry, nearest
 
 if TYPE_CHECKING:
@@ -26,6 +28,18 @@ class ObjectiveConfig(Option):
     """Which positions a position may see."""
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Roles of the special tokens that it needs: names of fields of objectives.base.Vocabulary."""
+
+    def _require_ramp(self) -> None:
+        """`rate_start` and `rate_tokens` describe one schedule: both or neither."""
+        start, tokens = getattr(self, "rate_start", None), getattr(self, "rate_tokens", 0)
+        self.require(tokens >= 0, "rate_tokens", "0 or more")
+        self.require(start is None or 0 <= start <= 1, "rate_start", "0 to 1, or null")
+        if (start is None) != (tokens == 0):
+            missing = "rate_tokens=10000000" if tokens == 0 else "rate_start=0"
+            raise ConfigError(
+                f"objective.rate_start={start} with objective.rate_tokens={tokens} is half a schedule; add e.g. objective.{missing}, "
+                f"or leave both out for a fixed rate"
+            )
 
     def build(self, vocabulary: Vocabulary) -> Any:
         """The objective (heads_lightning.objectives.base.Objective) for a vocabulary."""
@@ -57,6 +71,9 @@ class FIMCut(StrEnum):
     """Between two tokens."""
     line = "line"
     """Between two lines; the parts are tokenised as if each stood alone."""
+    syntax = "syntax"
+    """Around one node of Python's syntax tree: a place in the text is drawn, then one of the statements and expressions around it. Pieces
+    that do not parse are cut between lines, and counted. A thousandth of the speed of `char`."""
 
 
 class FIMLevel(StrEnum):
@@ -75,6 +92,8 @@ class SPMLayout(StrEnum):
     """SUF suffix PRE prefix MID middle END."""
     variant2 = "variant2"
     """PRE SUF suffix MID prefix middle END: prefix and middle stay one stream of text (StarCoder, Megatron)."""
+    suffix_first = "suffix_first"
+    """SUF suffix PRE prefix middle END: no MID (Codestral)."""
 
 
 class FIMLoss(StrEnum):
@@ -96,26 +115,69 @@ class FIMConfig(ObjectiveConfig):
     name: str = "fim"
     rate: float = 0.5
     """Share of pieces that are transformed; the others stay left to right."""
-    spm_rate: float = 0.5
-    """Share of transformed pieces laid out suffix–prefix–middle; the others prefix–suffix–middle."""
+    rate_start: float | None = None
+    """Share at the beginning of training. None: `rate` throughout."""
+    rate_tokens: int = 0
+    """Positions of training over which the share goes linearly from rate_start to rate. 0: no schedule."""
+    spm_rate: float | None = None
+    """Share of transformed pieces laid out suffix–prefix–middle; the others prefix–suffix–middle. None: half, or the one layout that the
+    format knows."""
     cut: FIMCut = FIMCut.char
     """Where cuts may fall."""
     level: FIMLevel = FIMLevel.context
     """What is cut: pieces of a window, or whole documents."""
-    spm: SPMLayout = SPMLayout.variant2
-    """Layout of suffix–prefix–middle."""
+    spm: SPMLayout | None = None
+    """Layout of suffix–prefix–middle. None: the format's (variant 2 for our own sentinels)."""
+    format: str | None = None
+    """Family whose sentinels and order are used (own, starcoder, santacoder, code_llama, deepseek_coder, qwen_coder, codegemma, codestral,
+    olmo). None: the one that the tokenizer belongs to."""
     loss_on: FIMLoss = FIMLoss.all
     """Which positions of a transformed piece have a target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 <= self.rate <= 1, "rate", "0 to 1")
-        self.require(0 <= self.spm_rate <= 1, "spm_rate", "0 to 1")
+        self.require(self.spm_rate is None or 0 <= self.spm_rate <= 1, "spm_rate", "0 to 1, or null")
+        self._require_ramp()
+        if self.rate_tokens and self.level == FIMLevel.document:
+            raise ConfigError("objective.rate_start needs objective.level=context: whole documents are rewritten once an epoch")
+        if self.format is not None:
+            fim_format(self.format)
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.fim import FIM
 
         return FIM(self, vocabulary)
+
+    def layouts(self, tokenizer_format: str) -> FIMLayouts:
+        """What is laid out how, for a tokenizer whose sentinels are those of a family."""
+        if self.format is not None and self.format != tokenizer_format and fim_format(self.format).spellings != fim_format(tokenizer_format).spellings:
+            raise ConfigError(
+                f"objective.format={self.format} does not fit the tokenizer, whose infilling tokens are those of {tokenizer_format}; "
+                f"use objective.format={tokenizer_format} or another tokenizer"
+            )
+        known = fim_format(self.format or tokenizer_format)
+        spm = self.spm or (SPMLayout(known.spm) if known.spm else SPMLayout.variant2)
+        share = self.spm_rate
+        if share is None:
+            share = 0.5 if known.psm and known.spm else 1.0 if known.spm else 0.0
+        if known.middle is None and (share < 1 or spm != SPMLayout.suffix_first):
+            raise ConfigError(f"objective.format={known.name} has no middle sentinel: it knows objective.spm=suffix_first, spm_rate=1 alone")
+        return FIMLayouts(known.name, spm, share)
+
+
+class FIMLayouts(NamedTuple):
+    """How transformed pieces are laid out: what a run was trained with, and what it must be asked with."""
+
+    format: str
+    spm: SPMLayout
+    spm_rate: float
+    """Share of transformed pieces that are suffix–prefix–middle."""
+
+    @property
+    def trained(self) -> list[str]:
+        """Layouts that training shows: psm, spm or both."""
+        return [name for name, shown in (("psm", self.spm_rate < 1), ("spm", self.spm_rate > 0)) if shown]
 
 
 class MLMUnit(StrEnum):
@@ -124,6 +186,17 @@ class MLMUnit(StrEnum):
     token = "token"
     word = "word"
     """Whole words: every token of a chosen word."""
+    span = "span"
+    """Runs of tokens with lengths from a geometric distribution (SpanBERT, arXiv 1907.10529, section 3.1), replaced or kept as one."""
+
+
+class MLMCount(StrEnum):
+    """How the number of targets of a row comes about."""
+
+    bernoulli = "bernoulli"
+    """Each token (word, span) by its own draw: the number varies."""
+    exact = "exact"
+    """The same number in every row that has enough ordinary tokens: static shapes for the head (unit=token)."""
 
 
 @objectives.register("mlm")
@@ -137,12 +210,22 @@ class MLMConfig(ObjectiveConfig):
     name: str = "mlm"
     rate: float = 0.15
     """Share of tokens (or words) chosen as targets."""
+    rate_start: float | None = None
+    """Share at the beginning of training. None: `rate` throughout. Compare losses of different rates only on masks of one rate."""
+    rate_tokens: int = 0
+    """Positions of training over which the share goes linearly from rate_start to rate. 0: no schedule."""
     mask_share: float = 0.8
     """Of the chosen: share replaced by the mask token."""
     random_share: float = 0.1
     """Of the chosen: share replaced by a random ordinary token; the rest is kept as it is."""
     unit: MLMUnit = MLMUnit.token
-    """What is masked together: single tokens or whole words."""
+    """What is masked together: single tokens, whole words or spans."""
+    count: MLMCount = MLMCount.bernoulli
+    """How the number of targets of a row comes about."""
+    span_end: float = 0.2
+    """unit=span: probability that a span ends after each of its tokens; 0.2 cut at 10 tokens means 3.8 on average."""
+    span_max: int = 10
+    """unit=span: longest span, in tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,11 +234,65 @@ class MLMConfig(ObjectiveConfig):
         self.require(0 <= self.random_share <= 1, "random_share", "0 to 1")
         if self.mask_share + self.random_share > 1 + 1e-9:
             raise ConfigError(f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} sum to more than 1")
+        self._require_ramp()
+        self.require(self.rate_start is None or self.rate_start > 0, "rate_start", "more than 0, up to 1, or null")
+        self.require(0 < self.span_end <= 1, "span_end", "more than 0, up to 1")
+        self.require(self.span_max >= 1, "span_max", "1 or more")
+        if self.count == MLMCount.exact and self.unit != MLMUnit.token:
+            raise ConfigError(f"objective.count=exact counts tokens, objective.unit={self.unit} does not; use objective.unit=token")
+        if self.count == MLMCount.exact and self.rate_tokens:
+            raise ConfigError("objective.count=exact keeps shapes static and objective.rate_start changes them; leave one of them out")
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.mlm import MLM
 
         return MLM(self, vocabulary)
+
+
+@objectives.register("masked_diffusion")
+@dataclass
+class MaskedDiffusionConfig(ObjectiveConfig):
+    """Continuous-time masked diffusion (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992): hide a share t of the tokens, t uniform, predict
+    them from both sides with weight 1/t. The loss bounds the nats per token of the text from above."""
+
+    attention: ClassVar[Attention] = Attention.bidirectional
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
+
+    name: str = "masked_diffusion"
+    min_time: float = 0.001
+    """Least share of hidden tokens: bounds the weights by its inverse."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.min_time < 1, "min_time", "more than 0, less than 1")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.masked_diffusion import MaskedDiffusion
+
+        return MaskedDiffusion(self, vocabulary)
+
+
+@objectives.register("multi_token")
+@dataclass
+class MultiTokenConfig(ObjectiveConfig):
+    """Multi-token prediction (arXiv 2404.19737): the next token and those after it, each from a transform of its own before the shared
+    projection. Needs a head with as many steps: head.steps_ahead."""
+
+    name: str = "multi_token"
+    steps_ahead: int = 3
+    """Tokens predicted beyond the next one."""
+    weight: float = 0.3
+    """Weight of each step beyond the next token in the loss; that of the next token is 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.steps_ahead >= 1, "steps_ahead", "1 or more (none is objective=causal)")
+        self.require(self.weight > 0, "weight", "more than 0")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.multi_token import MultiToken
+
+        return MultiToken(self, vocabulary)
 
 
 @objectives.register("prefix_lm")
@@ -265,13 +402,22 @@ class MixtureConfig(ObjectiveConfig):
     parts: dict[str, Any] = field(
         default_factory=lambda: {"left_to_right": {"name": "causal", "weight": 0.5}, "fim": {"name": "fim", "weight": 0.5, "rate": 1.0}}
     )
-    """Parts by a name of your choice: the objective's `name`, its `weight` (1 if not given; 0 leaves the part out), and any of that
-    objective's own fields."""
+    """Parts by a name of your choice: the objective's `name`, its `weight` (1 if not given; 0 leaves the part out), its `weight_start` (at
+    the beginning of training), `mode: true` (its pieces open with a token of their own), and any of that objective's own fields."""
+    anneal_tokens: int = 0
+    """Positions of training over which each weight goes linearly from weight_start to weight. 0: no schedule."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.parts:
             raise ConfigError("objective.parts={} has no part; give one, e.g. 'objective.parts={a:{name:causal},b:{name:fim,weight:2}}'")
+        self.require(self.anneal_tokens >= 0, "anneal_tokens", "0 or more")
+        starts = [part for part, given in self.parts.items() if isinstance(given, Mapping) and "weight_start" in given]
+        if bool(starts) != (self.anneal_tokens > 0):
+            raise ConfigError(
+                f"objective.anneal_tokens={self.anneal_tokens} with weight_start of {', '.join(starts) or 'no part'} is half a schedule; "
+                f"give both (objective.anneal_tokens=10000000, and weight_start in objective.parts) or neither"
+            )
         configs = self.part_configs()
         if not configs:
             raise ConfigError("objective.parts gives every part the weight 0; give one of them a weight")
@@ -294,25 +440,50 @@ class MixtureConfig(ObjectiveConfig):
             place = f"objective.parts.{part}"
             if not isinstance(given, Mapping) or "name" not in given:
                 raise ConfigError(f"{place}={given} names no objective; write {{name: causal, weight: 1}}")
-            settings = {key: value for key, value in given.items() if key not in ("name", "weight")}
+            settings = {key: value for key, value in given.items() if key not in ("name", "weight", "weight_start", "mode")}
             if given["name"] == "mixture":
                 raise ConfigError(f"{place}.name=mixture is a mixture in a mixture; list its parts here instead")
-            if not isinstance(given.get("weight", 1), (int, float)) or given.get("weight", 1) < 0:
-                raise ConfigError(f"{place}.weight={given['weight']} is out of range; a weight is 0 (left out) or more")
-            if given.get("weight", 1) == 0:
+            if given["name"] == "multi_token":
+                raise ConfigError(f"{place}.name=multi_token has targets of several steps and cannot be mixed; use objective=multi_token")
+            for key in ("weight", "weight_start"):
+                if not isinstance(given.get(key, 1), (int, float)) or given.get(key, 1) < 0:
+                    raise ConfigError(f"{place}.{key}={given[key]} is out of range; a weight is 0 (left out) or more")
+            if not isinstance(given.get("mode", False), bool):
+                raise ConfigError(f"{place}.mode={given['mode']} is not possible; it is true or false")
+            if max(self._weights(part)) == 0:
                 continue
             configs[part] = _from_mapping(objectives[given["name"]], settings, place)
             if getattr(configs[part], "level", None) == FIMLevel.document:
                 raise ConfigError(f"{place}.level=document rewrites the stream of all parts; use {place}.level=context")
         return configs
 
+    def _weights(self, part: str) -> tuple[float, float]:
+        """At the beginning of training, and at the end of the schedule."""
+        weight = float(self.parts[part].get("weight", 1))
+        return float(self.parts[part].get("weight_start", weight)), weight
+
+    def mode_tokens(self, sentinels: tuple[int, ...]) -> tuple[dict[str, int], tuple[int, ...]]:
+        """Mode tokens by part, taken from the end of the tokenizer's sentinels; and the sentinels that are left for the parts."""
+        wanted = [part for part in self.part_configs() if self.parts[part].get("mode", False)]
+        if len(wanted) > len(sentinels):
+            raise ConfigError(
+                f"objective.parts wants {len(wanted)} mode tokens, and the tokenizer has {len(sentinels)} sentinels to make them of; "
+                f"set tokenizer.num_sentinels={len(wanted)} or more"
+            )
+        left = len(sentinels) - len(wanted)
+        return dict(zip(wanted, reversed(sentinels), strict=False)), sentinels[:left]
+
     def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.base import Ramp
         from heads_lightning.objectives.mixture import Mixture, Part
 
+        modes, sentinels = self.mode_tokens(vocabulary.sentinels)
+        inner = replace(vocabulary, sentinels=sentinels) if modes else vocabulary
         parts = [
-            Part(part, float(self.parts[part].get("weight", 1)), config.build(vocabulary)) for part, config in self.part_configs().items()
+            Part(part, Ramp(*self._weights(part), self.anneal_tokens), config.build(inner), modes.get(part))
+            for part, config in self.part_configs().items()
         ]
-        return Mixture(parts, self.attention)
+        return Mixture(parts, self.attention, vocabulary)
 
 
 def _from_mapping(cls: type[ObjectiveConfig], settings: Mapping[str, Any], place: str) -> ObjectiveConfig:
@@ -336,6 +507,9 @@ def _parse(kind: Any, value: Any, place: str) -> Any:
         if value not in list(kind):
             raise ConfigError(f"{place}={value} is not possible; it is {', '.join(kind)}")
         return kind(value)
+    members = [member for member in get_args(kind) if member is not NoneType]
+    if members:  # X | None
+        return None if value is None else _parse(members[0], value, place)
     if kind in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{place}={value} is not possible; it is a {kind.__name__}")

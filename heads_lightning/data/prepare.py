@@ -43,7 +43,7 @@ _TOKENIZER_SAMPLE_BYTES = 100_000_000
 _NAMES_SHOWN = 3
 _ASKED_FOR = _EMPTY, _SHORT, _LONG = "empty", "shorter than data.min_characters", "longer than data.max_characters"
 """Reasons to leave a document out that need no warning; they are counted in the manifest like the others."""
-_NOT_CONTENT = ("sequence_length", "validation_sequences", "cache_dir", "prepare_processes")
+_NOT_CONTENT = ("sequence_length", "length_start", "length_warmup_steps", "validation_sequences", "cache_dir", "prepare_processes")
 """Fields of DataConfig that leave the prepared tokens as they are."""
 
 

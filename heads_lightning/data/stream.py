@@ -61,7 +61,7 @@ def _hash(x: np.ndarray | np.uint64) -> np.ndarray:
         return x ^ (x >> np.uint64(33))
 
 
-def _key(*numbers: int | str) -> int:
+def stream_key(*numbers: int | str) -> int:
     """64 bits that depend on every number; no two uses of randomness share a key, because each starts with its own word."""
     key = 0
     for number in numbers:
@@ -82,9 +82,20 @@ class SampleStream:
         sequence_length: positions of an example.
         seed: of order, phases and transforms.
         shift: False: windows start at the same places in every epoch, the first at 0 (for validation).
+        trained_before: positions that training has read before sample 0, for what follows a schedule. None: schedules have ended.
     """
 
-    def __init__(self, shards: Sequence[Shard], objective: Objective, *, sequence_length: int, seed: int, shift: bool = True) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        objective: Objective,
+        *,
+        sequence_length: int,
+        seed: int,
+        shift: bool = True,
+        trained_before: int | None = None,
+    ) -> None:
+        self._trained_before = trained_before
         self._shards, self._objective, self._sequence_length = shards, objective, sequence_length
         self._seed, self._shift = seed, shift
         self._window = objective.window(sequence_length)
@@ -100,7 +111,10 @@ class SampleStream:
 
     def examples(self, first_sample: int, count: int) -> Examples:
         """Samples first_sample … first_sample + count - 1, in order."""
-        runs = [self._of_epoch(epoch, indices_B) for epoch, indices_B in self._epochs(first_sample, count)]
+        runs = []
+        for epoch, indices_B in self._epochs(first_sample, count):
+            runs.append(self._of_epoch(epoch, indices_B, first_sample))
+            first_sample += len(indices_B)
         return runs[0] if len(runs) == 1 else concatenate(runs)
 
     def _epochs(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -120,16 +134,19 @@ class SampleStream:
         cached = self._block
         if cached[:2] != (epoch, block):
             places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.windows))
-            cached = self._block = epoch, block, permute(places, self.windows, _key("order", self._seed, epoch))
+            cached = self._block = epoch, block, permute(places, self.windows, stream_key("order", self._seed, epoch))
         return cached[2]
 
-    def _of_epoch(self, epoch: int, indices_B: np.ndarray) -> Examples:
+    def _of_epoch(self, epoch: int, indices_B: np.ndarray, first_sample: int) -> Examples:
         tokens_BR = np.empty((len(indices_B), self._window.length), np.int64)
         shards_B = np.searchsorted(self._first_window, indices_B, side="right") - 1
         for shard in np.unique(shards_B).tolist():
             rows = np.flatnonzero(shards_B == shard)
             self._read(epoch, shard, indices_B[rows] - self._first_window[shard], tokens_BR, rows)
-        return self._objective.examples(tokens_BR, SampleRandom(self._seed, epoch, indices_B), self._sequence_length)
+        trained = None
+        if self._trained_before is not None:
+            trained = self._trained_before + (first_sample + np.arange(len(indices_B))) * self._sequence_length
+        return self._objective.examples(tokens_BR, SampleRandom(self._seed, epoch, indices_B, trained), self._sequence_length)
 
     def _read(self, epoch: int, shard: int, windows: np.ndarray, tokens_BR: np.ndarray, rows: np.ndarray) -> None:
         """Copy windows of a shard into rows."""
@@ -154,7 +171,7 @@ class SampleStream:
             return 0
         windows = int(self._first_window[shard + 1] - self._first_window[shard])
         room = stream_tokens - self._window.length - (windows - 1) * self._window.stride
-        return _key("phase", self._seed, epoch, shard) % (room + 1)
+        return stream_key("phase", self._seed, epoch, shard) % (room + 1)
 
     def _stream(self, epoch: int, shard: int) -> np.ndarray:
         tokens = self._shards[shard].tokens
@@ -164,7 +181,7 @@ class SampleStream:
         """The shard as this epoch sees it. Kept for two epochs, because a step may straddle them: as much memory as twice the data."""
         key = (epoch, shard)
         if key not in self._rewritten:
-            rewritten = self._objective.rewrite(tokens, _key("rewrite", self._seed, shard) >> 1, epoch)
+            rewritten = self._objective.rewrite(tokens, stream_key("rewrite", self._seed, shard) >> 1, epoch)
             assert len(rewritten) >= len(tokens), "a rewritten stream must not be shorter"
             self._rewritten[key] = rewritten.astype(tokens.dtype)
             for old in [k for k in self._rewritten if abs(k[0] - epoch) > 1]:
