@@ -143,6 +143,8 @@ class FIMConfig(ObjectiveConfig):
             raise ConfigError("objective.rate_start needs objective.level=context: whole documents are rewritten once an epoch")
         if self.format is not None:
             fim_format(self.format)
+        if self.spm == SPMLayout.suffix_first and self.spm_rate == 1:
+            self.special_tokens = tuple(role for role in type(self).special_tokens if role != "fim_middle")  # pyright: ignore[reportAttributeAccessIssue]
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.fim import FIM
