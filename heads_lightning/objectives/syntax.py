@@ -2,8 +2,8 @@
 
 A place in the text is drawn, then one of the statements and expressions around it: large nodes are met more often, and every nesting level
 has its turn. A piece seldom is a whole file, so up to a few times a line that does not parse is left out at the beginning, or everything
-from it on at the end; indented code is put under `if 1:` lines of its own. What still does not parse is cut between lines by the caller,
-and counted. The tree is that of the running Python: newer syntax than its own does not parse.
+from it on at the end; indented code is put under `if 1:` lines of its own. Where less than half is left, or it still does not parse, the caller
+cuts between lines, and counts it. The tree is that of the running Python: newer syntax than its own does not parse.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ def _parse(lines: list[str]) -> tuple[ast.Module, int, int] | None:
         if first >= last:
             return None
         headers = _headers(lines[first:last])
+        if 2 * sum(map(len, lines[first:last])) < sum(map(len, lines)):
+            return None  # prose has words that parse
         try:
             return ast.parse("\n".join([*headers, *lines[first:last]]), filename=_NAME), first, len(headers)
         except SyntaxError as error:
