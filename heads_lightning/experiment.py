@@ -97,6 +97,7 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         total_steps=config.trainer.steps(config.data.sequence_length),
         length_start=config.data.length_start,
         length_warmup_steps=config.data.length_warmup_steps,
+        shares=config.data.shares(),
     )
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
     module = LanguageModule(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.base import Option
+from heads_lightning.configs.base import Option, from_mapping
 from heads_lightning.configs.fim_format import fim_format
-from heads_lightning.registry import ConfigError, Registry, nearest
+from heads_lightning.registry import ConfigError, Registry
 
 if TYPE_CHECKING:
     from heads_lightning.objectives.base import Vocabulary
@@ -454,7 +453,7 @@ class MixtureConfig(ObjectiveConfig):
                 raise ConfigError(f"{place}.mode={given['mode']} is not possible; it is true or false")
             if max(self._weights(part)) == 0:
                 continue
-            configs[part] = _from_mapping(objectives[given["name"]], settings, place)
+            configs[part] = from_mapping(objectives[given["name"]], settings, place)
             if getattr(configs[part], "level", None) == FIMLevel.document:
                 raise ConfigError(f"{place}.level=document rewrites the stream of all parts; use {place}.level=context")
         return configs
@@ -486,34 +485,3 @@ class MixtureConfig(ObjectiveConfig):
             for part, config in self.part_configs().items()
         ]
         return Mixture(parts, self.attention, vocabulary)
-
-
-def _from_mapping(cls: type[ObjectiveConfig], settings: Mapping[str, Any], place: str) -> ObjectiveConfig:
-    """An option from plain values, each checked against the type of its field."""
-    hints = get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls) if f.name != "name"}
-    values = {}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"{place}.{key} does not exist.{nearest(key, known)} Available: {', '.join(known)}")
-        values[key] = _parse(known[key], value, f"{place}.{key}")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("objective.", f"{place}.", 1)) from None
-
-
-def _parse(kind: Any, value: Any, place: str) -> Any:
-    """`value` as a member of the enum, or a number, that the field is; other types as they are."""
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        if value not in list(kind):
-            raise ConfigError(f"{place}={value} is not possible; it is {', '.join(kind)}")
-        return kind(value)
-    members = [member for member in get_args(kind) if member is not NoneType]
-    if members:  # X | None
-        return None if value is None else _parse(members[0], value, place)
-    if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{place}={value} is not possible; it is a {kind.__name__}")
-        return kind(value)
-    return value

@@ -12,12 +12,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning
 import torch
 
 from heads_lightning.batch import Batch
+from heads_lightning.configs.data import Share
+from heads_lightning.data.mixing import MixedStream
 from heads_lightning.data.shards import PreparedData, Split
 from heads_lightning.data.stream import SampleStream, rows_of, stream_key
 from heads_lightning.objectives.base import Objective
@@ -31,7 +34,7 @@ class Stage(NamedTuple):
     """Optimizer steps in which sequences have one length."""
 
     first_step: int
-    stream: SampleStream
+    stream: SampleStream | MixedStream
     pieces: int
     """Samples of this stage in place of one of full length: every step reads equally many positions."""
 
@@ -50,7 +53,7 @@ class StepBatches:
 
     def __init__(
         self,
-        stages: SampleStream | Sequence[Stage],
+        stages: SampleStream | MixedStream | Sequence[Stage],
         objective: Objective,
         *,
         global_batch_size: int,
@@ -63,7 +66,7 @@ class StepBatches:
                 f"trainer.global_batch_size={global_batch_size} sequences cannot be shared evenly by {world_size} devices; "
                 f"use a multiple of {world_size}"
             )
-        self._stages = [Stage(0, stages, 1)] if isinstance(stages, SampleStream) else list(stages)
+        self._stages = [Stage(0, stages, 1)] if isinstance(stages, SampleStream | MixedStream) else list(stages)
         self._attention = objective.attention
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._share = global_batch_size // world_size
@@ -165,6 +168,7 @@ class TokenDataModule(lightning.LightningDataModule):
         prefetch: make the next step in a thread.
         length_start: positions of a sequence at the beginning of training. None: sequence_length throughout.
         length_warmup_steps: optimizer steps until sequence_length is reached.
+        shares: what each group of shards contributes to training. None: every token as often as any other.
     """
 
     def __init__(
@@ -183,6 +187,7 @@ class TokenDataModule(lightning.LightningDataModule):
         prefetch: bool = True,
         length_start: int | None = None,
         length_warmup_steps: int = 0,
+        shares: dict[str, Share] | None = None,
     ) -> None:
         super().__init__()
         self.prepared, self.objective = prepared, objective
@@ -191,6 +196,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self._rank, self._world_size = rank, world_size
         self._next_step = 0
         self._loader: TrainLoader | None = None
+        self._shares = shares
         self.stages = self._length_stages(length_start, length_warmup_steps)
         self.train_stream = self.stages[-1].stream
         self.validation_stream = _stream(prepared.validation, objective, sequence_length, seed=VALIDATION_SEED, shift=False)
@@ -204,16 +210,32 @@ class TokenDataModule(lightning.LightningDataModule):
             pieces = 2 ** (doublings - number)
             first_step = warmup_steps * number // max(doublings, 1)
             length = self.sequence_length // pieces
-            stream = _stream(
-                self.prepared.train,
-                self.objective,
+            stream = self._train_stream(
                 length,
                 seed=self.seed if pieces == 1 else stream_key("length", self.seed, length) >> 1,
-                shift=True,
                 trained_before=first_step * self.global_batch_size * self.sequence_length,
             )
             stages.append(Stage(first_step, stream, pieces))
         return stages
+
+    def _train_stream(self, length: int, *, seed: int, trained_before: int) -> SampleStream | MixedStream:
+        train = self.prepared.train
+        if self._shares is None:
+            return _stream(train, self.objective, length, seed=seed, shift=True, trained_before=trained_before)
+        groups = [
+            _stream(replace(train, name=f"{train.name} ({name})", shards=shards), self.objective, length, seed=group_seed, shift=True)
+            for name in self._shares
+            for shards in [tuple(shard for shard in train.shards if shard.group == name)]
+            for group_seed in [stream_key("group", seed, name) >> 1]
+        ]
+        mixed = MixedStream(groups, [*self._shares.values()], sequence_length=length, seed=seed, trained_before=trained_before)
+        needed = self.total_steps * self.global_batch_size
+        if mixed.samples is not None and mixed.samples < needed:
+            raise ConfigError(
+                f"data.parts allow {mixed.samples} sequences (max_epochs of every source), and the run takes {needed}; raise one of the "
+                f"max_epochs or leave it out, or use trainer.max_steps={mixed.samples // self.global_batch_size}"
+            )
+        return mixed
 
     # position
 
@@ -247,7 +269,7 @@ class TokenDataModule(lightning.LightningDataModule):
             "data.sequence_length": self.sequence_length,
             "trainer.global_batch_size": self.global_batch_size,
             "seed": self.seed,
-        } | ({"length warm-up": [[stage.first_step, stage.pieces] for stage in self.stages]} if len(self.stages) > 1 else {})
+        } | ({"data.parts": {k: list(v) for k, v in self._shares.items()}} if self._shares else {}) | ({"length warm-up": [[stage.first_step, stage.pieces] for stage in self.stages]} if len(self.stages) > 1 else {})
 
     # loaders
 
