@@ -25,7 +25,9 @@ LAYERS: dict[str, float] = {
     "heads": 2, "data": 2, "training": 2,
     "module": 3,
     "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4,
+    "execution": 0, "likelihood": 4.2, "masked": 4.5,
     "scoring": 5, "conversion": 5, "testing": 5, "value_models": 5,
+    "problems": 5.1, "lm_eval": 5.2, "comparison": 5,
     "summary": 5.3, "run": 5.6,
     "commands": 6, "__main__": 7,
 }  # fmt: skip

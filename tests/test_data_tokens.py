@@ -130,7 +130,7 @@ def test_a_source_of_the_datasets_library(tmp_path):
     streamed = HuggingFace(HuggingFaceDataConfig(path=str(tmp_path / "lines"), streaming=True))
     assert [d.text for part in streamed.parts() for d in streamed.read(part)] == TEXTS
     with pytest.raises(ConfigError, match="cannot be read"):
-        HuggingFace(HuggingFaceDataConfig(path=str(tmp_path / "set"), split="other", streaming=False)).parts()
+        HuggingFace(HuggingFaceDataConfig(path=str(tmp_path / "lines"), split="other")).parts()
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
