@@ -281,12 +281,14 @@ class DataMixtureConfig(DataConfig):
     """Several sources with weights. One tokenizer, one hold-out rule and one removal of duplicates for all: the first source keeps them."""
 
     name: str = "mixture"
-    parts: dict[str, Any] = field(default_factory=lambda: {"stdlib": {"name": "stdlib"}})
+    parts: Any = None  # a mapping; a default that is none is replaced by what is given, where Hydra would merge two mappings
     """Sources by a name of your choice (letters, digits, _): the source's `name`, its `weight` (share of the training sequences relative to
-    the others, 1 if not given), `max_epochs` (passes over it, at most; its share then goes to the others), and its own fields."""
+    the others, 1 if not given), `max_epochs` (passes over it, at most; its share then goes to the others), and its own fields. None: stdlib alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.parts is None:
+            self.parts = {"stdlib": {"name": "stdlib"}}
         if not self.parts:
             raise ConfigError("data.parts={} has no source; give one, e.g. 'data.parts={a:{name:stdlib},b:{name:files,root:src,weight:2}}'")
         configs = self.part_configs()
@@ -294,6 +296,7 @@ class DataMixtureConfig(DataConfig):
 
     def part_configs(self) -> dict[str, DataConfig]:
         """The sources' own configs, validated."""
+        assert self.parts is not None
         shared = {f.name for f in fields(DataConfig)}
         configs = {}
         for part, given in self.parts.items():
@@ -314,11 +317,13 @@ class DataMixtureConfig(DataConfig):
         return configs
 
     def content(self) -> dict[str, Any]:
+        assert self.parts is not None
         read_only = ("weight", "max_epochs")
         parts = {part: {k: v for k, v in given.items() if k not in read_only} for part, given in self.parts.items()}
         return super().content() | {"parts": parts}
 
     def shares(self) -> dict[str, Share] | None:
+        assert self.parts is not None
         return {part: Share(float(given.get("weight", 1)), given.get("max_epochs")) for part, given in self.parts.items()}
 
     def build_source(self) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -400,16 +400,17 @@ class MixtureConfig(ObjectiveConfig):
     """Several objectives: each sample is given to one of them, by weight. The loss of each is reported on its own."""
 
     name: str = "mixture"
-    parts: dict[str, Any] = field(
-        default_factory=lambda: {"left_to_right": {"name": "causal", "weight": 0.5}, "fim": {"name": "fim", "weight": 0.5, "rate": 1.0}}
-    )
+    parts: Any = None  # a mapping; a default that is none is replaced by what is given, where Hydra would merge two mappings
     """Parts by a name of your choice: the objective's `name`, its `weight` (1 if not given; 0 leaves the part out), its `weight_start` (at
-    the beginning of training), `mode: true` (its pieces open with a token of their own), and any of that objective's own fields."""
+    the beginning of training), `mode: true` (its pieces open with a token of their own), and any of that objective's own fields. None: half causal, half fim at rate 1."""
     anneal_tokens: int = 0
     """Positions of training over which each weight goes linearly from weight_start to weight. 0: no schedule."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.parts is None:
+            half = {"weight": 0.5}
+            self.parts = {"left_to_right": {"name": "causal", **half}, "fim": {"name": "fim", **half, "rate": 1.0}}
         if not self.parts:
             raise ConfigError("objective.parts={} has no part; give one, e.g. 'objective.parts={a:{name:causal},b:{name:fim,weight:2}}'")
         self.require(self.anneal_tokens >= 0, "anneal_tokens", "0 or more")
@@ -436,6 +437,7 @@ class MixtureConfig(ObjectiveConfig):
 
     def part_configs(self) -> dict[str, ObjectiveConfig]:
         """The parts' own configs, validated."""
+        assert self.parts is not None
         configs = {}
         for part, given in self.parts.items():
             place = f"objective.parts.{part}"
@@ -460,11 +462,13 @@ class MixtureConfig(ObjectiveConfig):
 
     def _weights(self, part: str) -> tuple[float, float]:
         """At the beginning of training, and at the end of the schedule."""
+        assert self.parts is not None
         weight = float(self.parts[part].get("weight", 1))
         return float(self.parts[part].get("weight_start", weight)), weight
 
     def mode_tokens(self, sentinels: tuple[int, ...]) -> tuple[dict[str, int], tuple[int, ...]]:
         """Mode tokens by part, taken from the end of the tokenizer's sentinels; and the sentinels that are left for the parts."""
+        assert self.parts is not None
         wanted = [part for part in self.part_configs() if self.parts[part].get("mode", False)]
         if len(wanted) > len(sentinels):
             raise ConfigError(
