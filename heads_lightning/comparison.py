@@ -136,5 +136,7 @@ def _short(name: str) -> str:
 
 def _aligned(lines: list[list[str]], left: int) -> str:
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    padded = ([cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in lines)
+    padded = (
+        [cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))] for line in lines
+    )
     return "\n".join("  ".join(line).rstrip() for line in padded)

@@ -22,7 +22,6 @@ import numpy as np
 
 from heads_lightning.configs.evaluation import EvaluationConfig
 
-
 VERSION = 2
 """Of the protocol: goes up when a question or a measure changes."""
 

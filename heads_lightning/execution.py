@@ -1,5 +1,5 @@
-"""Running a program that nobody has read, in a process of its own with limits: processor time, memory, file size, wall time, no network where
-the system lets an ordinary user take it away. This stops accidents and most mischief; it is no jail. Untrusted models belong in a container.
+"""Running a program that nobody has read, in a process of its own with limits: processor time, memory, file size, wall time, and no network
+where the system lets an ordinary user take it away. This stops accidents and most mischief; it is no jail: a container is one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ OUTPUT_BYTES = 1 << 20
 _WRAPPER = """
 import resource, runpy, sys
 seconds, memory, size = map(int, sys.argv[1:4])
-for limit, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_CORE, 0)):
+limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: memory, resource.RLIMIT_FSIZE: size, resource.RLIMIT_CORE: 0}
+for limit, value in limits.items():
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(limit, (value, value))

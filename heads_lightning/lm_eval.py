@@ -33,7 +33,7 @@ else:
 def score_continuations(model: TrainedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
     """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context.
 
-    A context ends where its trailing white space begins, which belongs to the continuation: so both are tokenised as their concatenation is.
+    A context ends where its trailing white space begins, which belongs to the continuation: both are tokenised as their concatenation is.
     """
     rows = []
     for context, continuation in pairs:

@@ -113,7 +113,7 @@ def _around(model: TrainedModel, question: HiddenLine, length: int, *, with_suff
 
 
 def bound_of_lines(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool) -> float:
-    """Upper bound on the bits per byte of hidden lines given what stands around them, of a masked diffusion model. Their length is given."""
+    """Upper bound on the bits per byte of hidden lines given what is around them, of a masked diffusion model. Their length is given."""
     mask, rows, factors = model.tokenizer.vocabulary.mask, [], []
     for number, question in enumerate(questions):
         line = model.tokenizer.encode(question.line)

@@ -44,6 +44,7 @@ from heads_lightning.objectives.base import document_segments
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
 
+
 class Sample(NamedTuple):
     """An infilled line to look at."""
 
@@ -312,7 +313,13 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
     """
     if masked.is_diffusion(model):
         return masked.fill(
-            model, prefix, suffix, new_tokens=request.max_new_tokens, steps=request.steps, temperature=request.temperature, seed=request.seed
+            model,
+            prefix,
+            suffix,
+            new_tokens=request.max_new_tokens,
+            steps=request.steps,
+            temperature=request.temperature,
+            seed=request.seed,
         )
     asked = infilling(model)
     if asked is None:

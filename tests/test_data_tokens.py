@@ -141,5 +141,5 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'heads-lightning\[datasets\]'"):
         HuggingFaceDataConfig(path="somewhere").build_source()
-    with pytest.raises(ConfigError, match="data.path="):
+    with pytest.raises(ConfigError, match=r"data\.path="):
         HuggingFaceDataConfig().build_source()

@@ -149,10 +149,6 @@ def test_a_mode_token_opens_every_piece_and_nothing_else_moves():
 
 
 class TestDenoise:
-    @pytest.fixture
-    def model(self, overrides):
-        return bigram_model([*overrides, "objective=masked_diffusion", "head=mlm"])[0]
-
     def test_the_surest_come_first_and_the_rest_stays(self, overrides):
         from heads_lightning.experiment import build_model
 
@@ -187,16 +183,17 @@ class TestDenoise:
             infill_texts(other, [("a", "b")])
 
 
+@pytest.fixture(scope="module")
+def model(overrides):
+    """A causal one with random logits."""
+    plain, _ = bigram_model([*overrides, "objective=causal"])
+    with torch.no_grad():
+        plain.head.w_out.weight.normal_(generator=torch.Generator().manual_seed(0))
+    return plain
+
+
 class TestHarness:
     """What lm-eval would ask, without it."""
-
-    @pytest.fixture(scope="class")
-    def model(self, overrides):
-        generator = torch.Generator().manual_seed(0)
-        plain, _ = bigram_model([*overrides, "objective=causal"])
-        with torch.no_grad():
-            plain.head.w_out.weight.normal_(generator=generator)
-        return plain
 
     def test_continuations_are_scored_as_by_score(self, model):
         pairs = [("def f(", "x):"), ("import os", " "), ("", "hello"), ("x " * 400, "end")]

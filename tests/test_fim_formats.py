@@ -41,8 +41,8 @@ def test_a_family_is_found_used_and_saved(name, tmp_path):
     tokenizer = tokenizer_of(known, tmp_path)
     v = tokenizer.vocabulary
     assert v.fim_format == name
-    spelled = {role: None if token is None else tokenizer.inner.id_to_token(token)
-               for role, token in (("prefix", v.fim_prefix), ("suffix", v.fim_suffix), ("middle", v.fim_middle), ("end", v.fim_end))}  # fmt: skip
+    ids = {"prefix": v.fim_prefix, "suffix": v.fim_suffix, "middle": v.fim_middle, "end": v.fim_end}
+    spelled = {role: None if token is None else tokenizer.inner.id_to_token(token) for role, token in ids.items()}
     assert spelled == {"prefix": known.prefix, "suffix": known.suffix, "middle": known.middle, "end": known.end or "<|endoftext|>"}
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer.load(tmp_path / "saved").vocabulary.fim_format == name
@@ -128,7 +128,9 @@ def test_new_rows_are_the_mean_of_the_old_ones_and_a_little_noise(dtype):
         fill_new_rows(matrix, [])
 
 
-@pytest.mark.parametrize("config", [DefaultLMHeadConfig(), DefaultLMHeadConfig(tie_embeddings=True), NormalizedLMHeadConfig(), MLMHeadConfig()])
+@pytest.mark.parametrize(
+    "config", [DefaultLMHeadConfig(), DefaultLMHeadConfig(tie_embeddings=True), NormalizedLMHeadConfig(), MLMHeadConfig()]
+)
 def test_both_matrices_get_new_rows(config: LMHeadConfig):
     embedding = torch.nn.Embedding(40, 8)
     tied = dataclasses.asdict(config)["tie_embeddings"]

@@ -191,7 +191,9 @@ class TestSyntax:
         assert b"x = 'na\xc3\xafve' + y" in spans
         assert all(span.decode() in text for span in spans)
 
-    @pytest.mark.parametrize("text", ["", "\n\n", "it is no code, is it?\nreally not.\nnone\nof\nit at all,\nnot even a bit\n" * 3, "x\r\ny\r\n", "# a\n"])
+    @pytest.mark.parametrize(
+        "text", ["", "\n\n", "it is no code, is it?\nreally not.\nnone\nof\nit at all,\nnot even a bit\n" * 3, "x\r\ny\r\n", "# a\n"]
+    )
     def test_what_does_not_parse_has_no_span(self, text):
         assert node_span(text.encode(), 0.5, 0.5) is None
 

@@ -49,7 +49,12 @@ def test_humaneval_infilling(tmp_path, name):
 
 
 def test_safim(tmp_path):
-    java = SAFIM | {"task_id": "j", "lang": "java", "prompt": "x /* TODO: Your code here */ y", "unit_tests": json.dumps(SAFIM["unit_tests"])}
+    java = SAFIM | {
+        "task_id": "j",
+        "lang": "java",
+        "prompt": "x /* TODO: Your code here */ y",
+        "unit_tests": json.dumps(SAFIM["unit_tests"]),
+    }
     api = SAFIM | {"task_id": "api", "unit_tests": []}
     problems = read_problems(write(tmp_path / "s.jsonl", [SAFIM, java, api]))
     assert problems[0].prefix.endswith("split())\n")

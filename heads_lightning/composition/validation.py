@@ -64,10 +64,14 @@ def _prediction(config: ExperimentConfig) -> Iterator[str]:
 def _steps_ahead(config: ExperimentConfig) -> Iterator[str]:
     wanted, given = getattr(config.objective, "steps_ahead", 0), getattr(config.head, "steps_ahead", 0)
     if wanted and not hasattr(config.head, "steps_ahead"):
-        yield f"objective={config.objective.name} predicts several steps, head={config.head.name} one; use head=default head.steps_ahead={wanted}"
+        yield (
+            f"objective={config.objective.name} predicts several steps, head={config.head.name} one; "
+            f"use head=default head.steps_ahead={wanted}"
+        )
     elif wanted != given:
         yield (
-            f"objective={config.objective.name} predicts {wanted} steps beyond the next token, the head {given}; set head.steps_ahead={wanted}"
+            f"objective={config.objective.name} predicts {wanted} steps beyond the next token, the head {given}; "
+            f"use head.steps_ahead={wanted}"
         )
 
 

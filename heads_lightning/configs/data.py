@@ -283,7 +283,8 @@ class DataMixtureConfig(DataConfig):
     name: str = "mixture"
     parts: Any = None  # a mapping; a default that is none is replaced by what is given, where Hydra would merge two mappings
     """Sources by a name of your choice (letters, digits, _): the source's `name`, its `weight` (share of the training sequences relative to
-    the others, 1 if not given), `max_epochs` (passes over it, at most; its share then goes to the others), and its own fields. None: stdlib alone."""
+    the others, 1 if not given), `max_epochs` (passes over it, at most; its share then goes to the others), and its own fields. None:
+    stdlib alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

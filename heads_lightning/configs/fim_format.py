@@ -1,4 +1,4 @@
-"""How published families spell and order fill-in-the-middle: one table for training, infilling, evaluation and export.
+"""How fill-in-the-middle is cut, laid out and spelled: one table of published families for training, infilling, evaluation and export.
 
 A tokenizer tells its family by its special tokens (`detect`); the family travels with the tokenizer into every checkpoint. Layouts are
 those of arXiv 2207.14255, section 3, with p prefix, s suffix, m middle:
@@ -11,8 +11,67 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
 
 from heads_lightning.registry import ConfigError, nearest
+
+
+class FIMCut(StrEnum):
+    """Where a document may be cut into prefix, middle and suffix."""
+
+    char = "char"
+    """Between any two characters; the parts are tokenised as if each stood alone."""
+    token = "token"
+    """Between two tokens."""
+    line = "line"
+    """Between two lines; the parts are tokenised as if each stood alone."""
+    syntax = "syntax"
+    """Around one node of Python's syntax tree: a place in the text is drawn, then one of the statements and expressions around it. Pieces
+    that do not parse are cut between lines, and counted. A thousandth of the speed of `char`."""
+
+
+class FIMLevel(StrEnum):
+    """What is cut (arXiv 2207.14255, section 3)."""
+
+    context = "context"
+    """The pieces of documents in a window, after the window is chosen: no piece is ever broken."""
+    document = "document"
+    """Whole documents, before windows are chosen: windows break most of them (kept for comparison)."""
+
+
+class SPMLayout(StrEnum):
+    """The two layouts that are both called suffix–prefix–middle (arXiv 2207.14255, section 3)."""
+
+    variant1 = "variant1"
+    """SUF suffix PRE prefix MID middle END."""
+    variant2 = "variant2"
+    """PRE SUF suffix MID prefix middle END: prefix and middle stay one stream of text (StarCoder, Megatron)."""
+    suffix_first = "suffix_first"
+    """SUF suffix PRE prefix middle END: no MID (Codestral)."""
+
+
+class FIMLoss(StrEnum):
+    """Which positions of a transformed piece have a target."""
+
+    all = "all"
+    """All: what keeps left-to-right quality (arXiv 2207.14255)."""
+    middle = "middle"
+    """The middle and its end marker alone."""
+
+
+class FIMLayouts(NamedTuple):
+    """How transformed pieces are laid out: what a run was trained with, and what it must be asked with."""
+
+    format: str
+    spm: SPMLayout
+    spm_rate: float
+    """Share of transformed pieces that are suffix–prefix–middle."""
+
+    @property
+    def trained(self) -> list[str]:
+        """Layouts that training shows: psm, spm or both."""
+        return [name for name, shown in (("psm", self.spm_rate < 1), ("spm", self.spm_rate > 0)) if shown]
 
 
 @dataclass(frozen=True)
@@ -28,8 +87,8 @@ class FIMFormat:
     """What ends a middle. None: the tokenizer's end-of-document token."""
     psm: bool = True
     """The family was trained on prefix–suffix–middle."""
-    spm: str | None = "variant2"
-    """Its suffix–prefix–middle (a SPMLayout). None: it knows none."""
+    spm: SPMLayout | None = SPMLayout.variant2
+    """Its suffix–prefix–middle. None: it knows none."""
     marks: tuple[str, ...] = ()
     """Further special tokens that tell the family from others with the same sentinels: any of them."""
 
@@ -50,13 +109,13 @@ FIM_FORMATS: dict[str, FIMFormat] = {
     for known in (  # in the order in which they are looked for
         FIMFormat("own", *_QWEN, end="<|fim_end|>"),
         FIMFormat("codegemma", *_QWEN, marks=("<|file_separator|>",)),
-        FIMFormat("olmo", *_QWEN, spm="variant1", marks=("<|endofprompt|>",)),  # dolma's tool
+        FIMFormat("olmo", *_QWEN, spm=SPMLayout.variant1, marks=("<|endofprompt|>",)),  # dolma's tool
         FIMFormat("qwen_coder", *_QWEN, spm=None),
         FIMFormat("starcoder", "<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder 1 and 2, Granite
         FIMFormat("santacoder", "<fim-prefix>", "<fim-suffix>", "<fim-middle>"),
         FIMFormat("code_llama", "▁<PRE>", "▁<SUF>", "▁<MID>", end="▁<EOT>"),
         FIMFormat("deepseek_coder", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", spm=None),  # the "hole" opens the suffix
-        FIMFormat("codestral", "[PREFIX]", "[SUFFIX]", None, psm=False, spm="suffix_first"),
+        FIMFormat("codestral", "[PREFIX]", "[SUFFIX]", None, psm=False, spm=SPMLayout.suffix_first),
     )
 }  # fmt: skip
 
@@ -79,5 +138,5 @@ def fim_format(name: str) -> FIMFormat:
 
 
 def detect(tokens: Collection[str]) -> FIMFormat | None:
-    """The family whose tokens a vocabulary has. Where families share all of them (a bare `<|fim_prefix|>` trio), objective.format settles it."""
+    """The family whose tokens a vocabulary has. Where families share all of them (a bare `<|fim_prefix|>`), objective.format settles it."""
     return next((known for known in FIM_FORMATS.values() if known.fits(tokens)), None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
 from heads_lightning.configs.base import Option, from_mapping
-from heads_lightning.configs.fim_format import fim_format
+from heads_lightning.configs.fim_format import FIMCut, FIMLayouts, FIMLevel, FIMLoss, SPMLayout, fim_format
 from heads_lightning.registry import ConfigError, Registry
 
 if TYPE_CHECKING:
@@ -61,49 +61,6 @@ class CausalConfig(ObjectiveConfig):
         return Causal(self, vocabulary)
 
 
-class FIMCut(StrEnum):
-    """Where a document may be cut into prefix, middle and suffix."""
-
-    char = "char"
-    """Between any two characters; the parts are tokenised as if each stood alone."""
-    token = "token"
-    """Between two tokens."""
-    line = "line"
-    """Between two lines; the parts are tokenised as if each stood alone."""
-    syntax = "syntax"
-    """Around one node of Python's syntax tree: a place in the text is drawn, then one of the statements and expressions around it. Pieces
-    that do not parse are cut between lines, and counted. A thousandth of the speed of `char`."""
-
-
-class FIMLevel(StrEnum):
-    """What is cut (arXiv 2207.14255, section 3)."""
-
-    context = "context"
-    """The pieces of documents in a window, after the window is chosen: no piece is ever broken."""
-    document = "document"
-    """Whole documents, before windows are chosen: windows break most of them (kept for comparison)."""
-
-
-class SPMLayout(StrEnum):
-    """The two layouts that are both called suffix–prefix–middle (arXiv 2207.14255, section 3)."""
-
-    variant1 = "variant1"
-    """SUF suffix PRE prefix MID middle END."""
-    variant2 = "variant2"
-    """PRE SUF suffix MID prefix middle END: prefix and middle stay one stream of text (StarCoder, Megatron)."""
-    suffix_first = "suffix_first"
-    """SUF suffix PRE prefix middle END: no MID (Codestral)."""
-
-
-class FIMLoss(StrEnum):
-    """Which positions of a transformed piece have a target."""
-
-    all = "all"
-    """All: what keeps left-to-right quality (arXiv 2207.14255)."""
-    middle = "middle"
-    """The middle and its end marker alone."""
-
-
 @objectives.register("fim")
 @dataclass
 class FIMConfig(ObjectiveConfig):
@@ -152,33 +109,21 @@ class FIMConfig(ObjectiveConfig):
 
     def layouts(self, tokenizer_format: str) -> FIMLayouts:
         """What is laid out how, for a tokenizer whose sentinels are those of a family."""
-        if self.format is not None and self.format != tokenizer_format and fim_format(self.format).spellings != fim_format(tokenizer_format).spellings:
+        known, theirs = fim_format(self.format or tokenizer_format), fim_format(tokenizer_format)
+        if known.spellings != theirs.spellings:
             raise ConfigError(
                 f"objective.format={self.format} does not fit the tokenizer, whose infilling tokens are those of {tokenizer_format}; "
                 f"use objective.format={tokenizer_format} or another tokenizer"
             )
-        known = fim_format(self.format or tokenizer_format)
-        spm = self.spm or (SPMLayout(known.spm) if known.spm else SPMLayout.variant2)
+        spm = self.spm or known.spm or SPMLayout.variant2
         share = self.spm_rate
         if share is None:
             share = 0.5 if known.psm and known.spm else 1.0 if known.spm else 0.0
         if known.middle is None and (share < 1 or spm != SPMLayout.suffix_first):
-            raise ConfigError(f"objective.format={known.name} has no middle sentinel: it knows objective.spm=suffix_first, spm_rate=1 alone")
+            raise ConfigError(
+                f"objective.format={known.name} has no middle sentinel: it knows objective.spm=suffix_first, spm_rate=1 alone"
+            )
         return FIMLayouts(known.name, spm, share)
-
-
-class FIMLayouts(NamedTuple):
-    """How transformed pieces are laid out: what a run was trained with, and what it must be asked with."""
-
-    format: str
-    spm: SPMLayout
-    spm_rate: float
-    """Share of transformed pieces that are suffix–prefix–middle."""
-
-    @property
-    def trained(self) -> list[str]:
-        """Layouts that training shows: psm, spm or both."""
-        return [name for name, shown in (("psm", self.spm_rate < 1), ("spm", self.spm_rate > 0)) if shown]
 
 
 class MLMUnit(StrEnum):
@@ -402,7 +347,8 @@ class MixtureConfig(ObjectiveConfig):
     name: str = "mixture"
     parts: Any = None  # a mapping; a default that is none is replaced by what is given, where Hydra would merge two mappings
     """Parts by a name of your choice: the objective's `name`, its `weight` (1 if not given; 0 leaves the part out), its `weight_start` (at
-    the beginning of training), `mode: true` (its pieces open with a token of their own), and any of that objective's own fields. None: half causal, half fim at rate 1."""
+    the beginning of training), `mode: true` (its pieces open with a token of their own), and any of that objective's own fields.
+    None: half causal, half fim at rate 1."""
     anneal_tokens: int = 0
     """Positions of training over which each weight goes linearly from weight_start to weight. 0: no schedule."""
 

@@ -254,11 +254,11 @@ class TokenDataModule(lightning.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a state was taken, or refuse if it would not be the same data."""
         ours = self._identity()
-        changed = [key for key, value in ours.items() if state_dict.get(key) != value]
+        changed = [key for key in [*ours, *state_dict] if key != "step" and state_dict.get(key) != ours.get(key)]
         if changed:
             key = changed[0]
             raise ConfigError(
-                f"the checkpoint was trained with {key}={state_dict.get(key)}, this run has {ours[key]}: "
+                f"the checkpoint was trained with {key}={state_dict.get(key)}, this run has {ours.get(key)}: "
                 f"its position in the data does not carry over; use the same {', '.join(changed)} or start a new run"
             )
         self.seek(state_dict["step"])
@@ -269,7 +269,9 @@ class TokenDataModule(lightning.LightningDataModule):
             "data.sequence_length": self.sequence_length,
             "trainer.global_batch_size": self.global_batch_size,
             "seed": self.seed,
-        } | ({"data.parts": {k: list(v) for k, v in self._shares.items()}} if self._shares else {}) | ({"length warm-up": [[stage.first_step, stage.pieces] for stage in self.stages]} if len(self.stages) > 1 else {})
+            **({"data.parts": {name: list(share) for name, share in self._shares.items()}} if self._shares else {}),
+            **({"length warm-up": [[s.first_step, s.pieces] for s in self.stages]} if len(self.stages) > 1 else {}),
+        }
 
     # loaders
 
@@ -320,9 +322,7 @@ class TokenDataModule(lightning.LightningDataModule):
 def _stream(
     split: Split, objective: Objective, sequence_length: int, *, seed: int, shift: bool, trained_before: int | None = None
 ) -> SampleStream:
-    stream = SampleStream(
-        split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift, trained_before=trained_before
-    )
+    stream = SampleStream(split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift, trained_before=trained_before)
     if stream.windows == 0:
         needed, longest = objective.window(sequence_length).length, max((len(s.tokens) for s in split.shards), default=0)
         raise ConfigError(

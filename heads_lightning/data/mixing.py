@@ -44,7 +44,13 @@ class MixedStream:
     """
 
     def __init__(
-        self, streams: Sequence[SampleStream], shares: Sequence[Share], *, sequence_length: int, seed: int, trained_before: int | None = None
+        self,
+        streams: Sequence[SampleStream],
+        shares: Sequence[Share],
+        *,
+        sequence_length: int,
+        seed: int,
+        trained_before: int | None = None,
     ) -> None:
         self._streams, self._seed = streams, seed
         self._sequence_length, self._trained_before = sequence_length, trained_before

@@ -60,7 +60,7 @@ class Source(ABC):
     def read(self, part: Any) -> Iterator[Document]:
         """The documents of one part, in order."""
 
-    def open(self, end_of_document: int) -> None:
+    def open(self, end_of_document: int) -> None:  # noqa: B027 (most sources need nothing)
         """Called before `read`, with the tokenizer's marker: what separates documents in files of ids."""
 
     def group_of(self, part: Any) -> str:

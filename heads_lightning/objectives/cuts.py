@@ -61,7 +61,6 @@ class Cutter(ABC):
             draws_P2: float64 [P, 2], uniform in [0, 1): where to cut, in any order.
         """
 
-
     def counters(self) -> dict[str, int]:
         """What was counted so far, by name."""
         return {}

@@ -347,7 +347,9 @@ def invert(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """
     ids = np.asarray(ids)
     body = int(len(ids) > 0 and ids[0] == vocabulary.end_of_document)  # which may be the end of a middle, too
-    where = {role: body + np.flatnonzero(ids[body:] == getattr(vocabulary, f"fim_{role}")) for role in ("prefix", "suffix", "middle", "end")}
+    where = {
+        role: body + np.flatnonzero(ids[body:] == getattr(vocabulary, f"fim_{role}")) for role in ("prefix", "suffix", "middle", "end")
+    }
     if not len(where["prefix"]):
         return ids
     suffix_first = not len(where["middle"]) and len(where["suffix"]) == 1 and where["suffix"][0] < where["prefix"][0]

@@ -2,8 +2,8 @@
 
 A place in the text is drawn, then one of the statements and expressions around it: large nodes are met more often, and every nesting level
 has its turn. A piece seldom is a whole file, so up to a few times a line that does not parse is left out at the beginning, or everything
-from it on at the end; indented code is put under `if 1:` lines of its own. Where less than half is left, or it still does not parse, the caller
-cuts between lines, and counts it. The tree is that of the running Python: newer syntax than its own does not parse.
+from it on at the end; indented code is put under `if 1:` lines of its own. Where less than half is left, or it still does not parse, the
+caller cuts between lines, and it is counted. The tree is that of the running Python: newer syntax than its own does not parse.
 """
 
 from __future__ import annotations

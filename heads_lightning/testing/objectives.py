@@ -62,7 +62,15 @@ def _check_roles(config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
 
 def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, sequence_length: int) -> None:
     rows = len(made.tokens_BS)
-    kinds = {"tokens": np.int64, "labels": np.int64, "segments": np.int32, "weights": np.float32, "prefix": bool, "part": np.int8, "counted": np.int64}
+    kinds = {
+        "tokens": np.int64,
+        "labels": np.int64,
+        "segments": np.int32,
+        "weights": np.float32,
+        "prefix": bool,
+        "part": np.int8,
+        "counted": np.int64,
+    }
     for name, array in made._asdict().items():
         if array is not None:
             kind = kinds[name.removeprefix("encoder_").rsplit("_", 1)[0]]
@@ -134,9 +142,7 @@ def _check_nothing_to_predict_can_be_read(objective: Objective, vocabulary: Voca
         label = made.labels_BS[b, column]
         targets, readable = targets + 1, readable + int((seen == label).any())
         leaks = bool((seen == label).any()) and objective.attention != Attention.bidirectional
-        assert not leaks, (
-            f"row {b}, position {s}: the label {label} stands where this position may look (labels are aligned)"
-        )
+        assert not leaks, f"row {b}, position {s}: the label {label} stands where this position may look (labels are aligned)"
     # from both sides some targets may be left as they are (BERT keeps a tenth), but not all
     assert readable < targets, "every target can be read where it stands: nothing is hidden"
 
