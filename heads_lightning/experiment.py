@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from heads_lightning.composition import from_yaml, validate
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
-from heads_lightning.data.prepare import PreparedData, prepare
+from heads_lightning.data.prepare import PreparedData, Progress, prepare
 from heads_lightning.data.tokenizer import Tokenizer
 from heads_lightning.heads.base import Head, LMHead
 from heads_lightning.module import LanguageModule
@@ -59,32 +58,18 @@ def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *,
     return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
 
 
-def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Preparation as one line per stage."""
-    lines = {
-        "waiting": "waiting for another run that prepares the same data",
-        "tokenizer": "training the tokenizer",
-        "tokens": "tokenising",
-        "shards": "writing shards",
-    }
-    said: set[str] = set()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in said:
-            said.add(stage)
-            say(f"preparing data: {lines.get(stage, stage)} …")
-
-    return progress
-
-
-def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
+def build(config: ExperimentConfig, *, progress: Progress | None = None) -> Experiment:
     """Prepare the data and build every part.
+
+    Args:
+        config: the experiment.
+        progress: told how far the preparation of data is.
 
     Raises:
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare(config.data, config.tokenizer, progress=_said_once(say))
+    prepared = prepare(config.data, config.tokenizer, progress=progress)
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,

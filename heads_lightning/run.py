@@ -9,6 +9,7 @@ The run folder explains itself:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from rich.console import Console
 
 from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
 from heads_lightning.registry import ConfigError
@@ -71,7 +73,8 @@ def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = 
         parent=parent,
         resume=config.resume is not None,
     ) as log:
-        experiment = build(config, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        with contextlib.closing(PreparationProgress(console)) as progress:
+            experiment = build(config, progress=progress)
         return _fit(experiment, run_dir, log, console, text)
 
 

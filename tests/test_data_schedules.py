@@ -106,9 +106,7 @@ def test_padding_is_counted():
 
 def test_a_loader_that_is_the_limit_is_said_once():
     said: list[str] = []
-    callback = MetricsCallback(
-        lambda *_: None, every_steps=10, waited_seconds=lambda: 0.0, tokens_per_step=64, warn=said.append
-    )
+    callback = MetricsCallback(lambda *_: None, every_steps=10, waited_seconds=lambda: 0.0, tokens_per_step=64, warn=said.append)
     values = {"speed/data_wait_share": 0.6, "speed/tokens_per_second": 1234.0}
     callback._check_loader(values, 10)  # the first point waits for caches to fill
     callback._check_loader(values | {"speed/data_wait_share": 0.05}, 20)
