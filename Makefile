@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check format clean
+.PHONY: help setup train test test-all check measure format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,12 @@ check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+measure: $(STAMP) ## the toolkit's own costs, into experiments/benchmarks/results (minutes, on an idle machine)
+	cd experiments/benchmarks && ../../$(BIN)/python startup.py 12 > results/startup.txt
+	cd experiments/benchmarks && ../../$(BIN)/python first_step.py > results/first_step.txt
+	cd experiments/benchmarks && ../../$(BIN)/python step.py --rounds 12 --steps 16 > results/step.txt
+	cd experiments/benchmarks && ../../$(BIN)/python tracking.py > results/tracking.txt
 
 format: $(STAMP) ## rewrite files in the project's format
 	$(BIN)/ruff format .

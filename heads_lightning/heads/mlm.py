@@ -65,7 +65,8 @@ class MLMHead(LMHead):
 
     def prepare(self, hidden: Tensor) -> Tensor:
         """Dense layer, activation, norm."""
-        return self.norm(self.activation(self.dense(hidden)))
+        # in the norm's own precision: under bf16 autocast the dense layer hands over bf16, which mixes kinds and slows the norm
+        return self.norm(self.activation(self.dense(hidden)).to(self.dense.weight.dtype))
 
     def projection(self) -> Projection:
         """The matrix as it is."""
