@@ -204,7 +204,7 @@ def reading_mode(*modules: nn.Module) -> Iterator[None]:
 
 def _batch(tokens_BS: Tensor, attention: Attention, **fields: Tensor | None) -> Batch:
     """A batch to read, without targets."""
-    return Batch(tokens_BS, torch.full_like(tokens_BS, IGNORE), attention, num_targets=0, step_targets=0, **fields)
+    return Batch(tokens_BS, torch.full_like(tokens_BS, IGNORE), attention, num_targets=0, step_targets=0, **fields)  # pyright: ignore[reportArgumentType]
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -9,8 +9,10 @@ documents opened by the marker of training, contexts cut to the length of traini
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +22,11 @@ from heads_lightning.likelihood import next_token_row, score_rows
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import can_read_left_to_right, opening
 
-if TYPE_CHECKING:
-    LM = object
-else:
-    try:
-        from lm_eval.api.model import LM
-        from lm_eval.api.registry import register_model
-    except ImportError:  # named when the class is used, so that the rest can be tested without the harness
-        LM, register_model = object, None
+LM: Any = object
+register_model: Any = None
+with contextlib.suppress(ImportError):  # the missing harness is named when the class is used, so that the rest can be tested without it
+    LM = importlib.import_module("lm_eval.api.model").LM
+    register_model = importlib.import_module("lm_eval.api.registry").register_model
 
 
 def score_continuations(model: TrainedModel, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -116,5 +115,5 @@ class HeadsLightningLM(LM):
         return continue_texts(self.model, [request.args for request in requests])
 
 
-if LM is not object:
+if register_model is not None:
     register_model("heads_lightning")(HeadsLightningLM)

@@ -42,6 +42,12 @@ def is_diffusion(model: TrainedModel) -> bool:
     return any(isinstance(part, MaskedDiffusionConfig) for part in _parts(model.config.objective))
 
 
+def _mask(model: TrainedModel) -> int:
+    mask = model.tokenizer.vocabulary.mask
+    assert mask is not None  # an objective that hides tokens refuses a tokenizer without
+    return mask
+
+
 def _ordinary(model: TrainedModel, tokens_BS: np.ndarray) -> np.ndarray:
     return ~model.tokenizer.vocabulary.special_V[tokens_BS]
 
@@ -60,7 +66,7 @@ def masked_bits_per_byte(model: TrainedModel, stream: np.ndarray, max_tokens: in
         hidden_BS = (rng.uniform(tokens_BS.shape[1]) < RATE) & _ordinary(model, tokens_BS)
         scores = score_tokens(
             model,
-            np.where(hidden_BS, vocabulary.mask, tokens_BS),
+            np.where(hidden_BS, _mask(model), tokens_BS),
             np.where(hidden_BS, tokens_BS, IGNORE),
             segments_BS=document_segments(tokens_BS, vocabulary.end_of_document),
             attention=Attention.bidirectional,
@@ -83,7 +89,7 @@ def bound_bits_per_byte(model: TrainedModel, stream: np.ndarray, max_tokens: int
             hidden_BS, factor_B = _hide(ordinary_BS, rng)
             scores = score_tokens(
                 model,
-                np.where(hidden_BS, vocabulary.mask, tokens_BS),
+                np.where(hidden_BS, _mask(model), tokens_BS),
                 np.where(hidden_BS, tokens_BS, IGNORE),
                 segments_BS=segments_BS,
                 attention=Attention.bidirectional,
@@ -114,7 +120,7 @@ def _around(model: TrainedModel, question: HiddenLine, length: int, *, with_suff
 
 def bound_of_lines(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool) -> float:
     """Upper bound on the bits per byte of hidden lines given what is around them, of a masked diffusion model. Their length is given."""
-    mask, rows, factors = model.tokenizer.vocabulary.mask, [], []
+    mask, rows, factors = _mask(model), [], []
     for number, question in enumerate(questions):
         line = model.tokenizer.encode(question.line)
         before, after = _around(model, question, len(line), with_suffix=with_suffix)
@@ -152,19 +158,18 @@ def fill(
             f"max_new_tokens={new_tokens} does not fit sequences of {model.config.data.sequence_length} positions; "
             f"use max_new_tokens={model.config.data.sequence_length // 2}"
         )
-    vocabulary = model.tokenizer.vocabulary
-    assert vocabulary.mask is not None
+    mask, special_V = _mask(model), model.tokenizer.vocabulary.special_V
     question = HiddenLine(prefix, "", suffix, "", "", begins_document=True)
     before, after = _around(model, question, new_tokens, with_suffix=bool(suffix))
-    tokens = [*before.tolist(), *[vocabulary.mask] * new_tokens, *after.tolist()]
+    tokens = [*before.tolist(), *[mask] * new_tokens, *after.tolist()]
     filled = denoise(
         model.backbone,
         model.head,
         [tokens],
-        mask=vocabulary.mask,
+        mask=mask,
         steps=steps or new_tokens,
         temperature=temperature,
         seed=seed,
-        forbidden_ids=np.flatnonzero(vocabulary.special_V).tolist(),
+        forbidden_ids=np.flatnonzero(special_V).tolist(),
     )[0]
     return model.tokenizer.decode(filled[len(before) : len(before) + new_tokens])

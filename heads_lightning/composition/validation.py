@@ -88,6 +88,17 @@ def _tied(config: ExperimentConfig) -> Iterator[str]:
 def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
     if "sentinels" in config.objective.special_tokens and config.tokenizer.num_sentinels < 1:
         yield f"objective={config.objective.name} needs sentinel tokens; use e.g. tokenizer.num_sentinels=100"
+    modes = getattr(config.objective, "num_modes", 0)
+    if modes > config.tokenizer.num_sentinels:
+        yield (
+            f"objective.parts wants {modes} mode tokens, which are made of sentinels, and there are {config.tokenizer.num_sentinels}; "
+            f"use tokenizer.num_sentinels={modes} or more"
+        )
+    if config.data.tokenized and config.tokenizer.trained:
+        yield (
+            f"data={config.data.name} is token ids already, and tokenizer={config.tokenizer.name} would be trained on text; "
+            f"use the tokenizer that made them: tokenizer=huggingface tokenizer.path=FOLDER"
+        )
 
 
 def _lengths(config: ExperimentConfig) -> Iterator[str]:
