@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from heads_lightning.configs.objective import FIMConfig, FIMCut, FIMLevel, MLMConfig, MLMCount, MLMUnit, ObjectiveConfig, objectives
 from heads_lightning.objectives.base import SampleRandom, Vocabulary
 
-SPECIAL = ["<eod>", "<pad>", "<mask>", "<pre>", "<suf>", "<mid>", "<end>"] + [f"<extra_{k}>" for k in range(100)]
+SPECIAL = [f"<|{name}|>" for name in ("eod", "pad", "mask", "pre", "suf", "mid", "end", *(f"extra_{k}" for k in range(100)))]
 
 
 def corpus(num_tokens: int) -> tuple[Tokenizer, Vocabulary, np.ndarray]:
@@ -124,7 +124,7 @@ def collator(tokenizer: Tokenizer, stream: np.ndarray, batch: int, length: int) 
     except ImportError:
         return None
     torch.set_num_threads(1)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", pad_token="<pad>", eos_token="<eod>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<|mask|>", pad_token="<|pad|>", eos_token="<|eod|>")
     collate = DataCollatorForLanguageModeling(fast, mlm=True)
     rows = [{"input_ids": row} for row in stream[: len(stream) // length * length].reshape(-1, length).astype(np.int64).tolist()]
 

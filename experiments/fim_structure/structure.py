@@ -6,8 +6,8 @@
 - document, then pack: whole documents are transformed, concatenated and cut into windows (level=document, most public pipelines)
 - cut back: each piece of a window is transformed, then the window is cut back to its length (Megatron, bigcode)
 
-A transformed piece is broken in a window when one of its four markers, or text between them, is not in that window. Everything is counted
-from ids alone, by the same function for all three.
+A transformed piece is broken when prefix, suffix, middle and end marker are not all in one window. The layout is prefix-suffix-middle,
+so that where a middle begins can be told from the ids.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,87 +27,96 @@ from transforms import corpus
 from heads_lightning.configs.objective import FIMConfig, FIMLevel
 from heads_lightning.objectives.base import SampleRandom, Vocabulary
 
-EOD, PAD, _, PRE, SUF, MID, END = range(7)
+EOD, END = 0, 6
 LENGTHS = (512, 1024, 2048, 8192)
+RATE = 0.5
 
 
-def ours(stream: np.ndarray, vocabulary: Vocabulary, length: int) -> list[np.ndarray]:
-    """Windows of objective=fim."""
-    objective = FIMConfig(rate=0.5).build(vocabulary)
+class Pieces(NamedTuple):
+    """Transformed pieces, as positions in all windows one after the other; prefix and suffix stand before the middle (PSM)."""
+
+    starts: np.ndarray
+    middles: np.ndarray
+    """Where the middle begins."""
+    ends: np.ndarray
+    """After the end marker, whether or not that is inside the window."""
+    limits: np.ndarray
+    """After the last position that there is: less than `ends` where the window was cut back."""
+    windows: int
+
+
+def ours(stream: np.ndarray, vocabulary: Vocabulary, length: int) -> Pieces:
+    """Of objective=fim: pieces from the segments of its examples."""
+    objective = FIMConfig(rate=RATE, spm_rate=0.0).build(vocabulary)
     stride, width = objective.window(length)
-    rows = []
-    for first in range(0, (len(stream) - width) // stride, 64):
-        indices = np.arange(first, min(first + 64, (len(stream) - width) // stride))
-        windows = stream[indices[:, None] * stride + np.arange(width)]
-        rows += list(objective.examples(windows, SampleRandom(0, 0, indices), length).tokens_BS)
-    return rows
+    found, count = [], (len(stream) - width) // stride
+    for first in range(0, count, 64):
+        indices = np.arange(first, min(first + 64, count))
+        made = objective.examples(stream[indices[:, None] * stride + np.arange(width)], SampleRandom(0, 0, indices), length)
+        for b in range(len(indices)):
+            for number in range(made.segments_BS[b].max() + 1):
+                where = np.flatnonzero(made.segments_BS[b] == number)
+                infill = where[made.part_BS[b, where] == 1]
+                if len(infill):  # a middle whose end marker is missing would end past the piece
+                    whole = made.tokens_BS[b, where[-1]] == END and made.labels_BS[b, infill[-1]] == END
+                    offset = (first + b) * length
+                    end = offset + where[-1] + 1
+                    found.append((offset + where[0], offset + infill[0] + 1, end if whole else end + 1, end))
+    return Pieces(*np.array(found).T, windows=count)
 
 
-def pack_after(stream: np.ndarray, vocabulary: Vocabulary, length: int) -> list[np.ndarray]:
-    """Windows cut from transformed documents."""
-    out = FIMConfig(rate=0.5, level=FIMLevel.document).build(vocabulary).rewrite(stream, 0, 0)
-    return list(out[: len(out) // length * length].reshape(-1, length))
+def pack_after(stream: np.ndarray, vocabulary: Vocabulary, length: int) -> Pieces:
+    """Whole documents are transformed; windows are cut from what comes out."""
+    config = FIMConfig(rate=RATE, spm_rate=0.0, level=FIMLevel.document)
+    out = config.build(vocabulary).rewrite(stream, 0, 0)
+    out = out[: len(out) // length * length]
+    starts = np.flatnonzero(out == EOD)
+    ends = np.append(starts[1:], len(out))
+    middles = np.flatnonzero(out == vocabulary.fim_middle)
+    document = np.searchsorted(starts, middles, side="right") - 1
+    inside = out[ends[document] - 1] == END  # the stream's last document may be cut off
+    document, middles = document[inside], middles[inside]
+    return Pieces(starts[document], middles + 1, ends[document], ends[document], len(out) // length)
 
 
-def cut_back(stream: np.ndarray, length: int) -> list[np.ndarray]:
-    """Windows whose pieces are transformed (between tokens), then cut back to the length. Each piece gets its end marker before that."""
+def cut_back(stream: np.ndarray, length: int) -> Pieces:
+    """Each piece of a window is transformed, between tokens, with its markers; then the window is cut back to its length."""
     random = np.random.default_rng(0)
-    rows = []
-    for start in range(0, len(stream) - length, length):
-        out: list[int] = []
-        window = stream[start : start + length].astype(np.int64)
-        for piece in np.split(window, np.flatnonzero(window == EOD)):
-            opens = int(len(piece) > 0 and piece[0] == EOD)
-            body = piece[opens:].tolist()
-            out += piece[:opens].tolist()
-            if not body or random.random() >= 0.5:
-                out += body
+    found = []
+    windows = range(0, len(stream) - length, length)
+    for number, start in enumerate(windows):
+        window = stream[start : start + length]
+        at = number * length
+        opens = np.flatnonzero(window == EOD)
+        for piece in np.split(window, opens):
+            body = len(piece) - int(len(piece) > 0 and piece[0] == EOD)
+            marker = len(piece) - body
+            if not body or random.random() >= RATE:
+                at += len(piece)
                 continue
-            a, b = sorted(random.integers(0, len(body) + 1, 2).tolist())
-            prefix, middle, suffix = body[:a], body[a:b], body[b:]
-            spm = random.random() < 0.5
-            psm = [PRE, *prefix, SUF, *suffix, MID, *middle, END]
-            out += [PRE, SUF, *suffix, MID, *prefix, *middle, END] if spm else psm
-        rows.append(np.array((out + [PAD] * length)[:length]))
-    return rows
+            a, b = np.sort(random.integers(0, body + 1, 2)).tolist()
+            end = at + len(piece) + 4
+            found.append((at, end - 1 - (b - a), end, min(end, (number + 1) * length)))
+            at += marker + body + 4
+    kept = np.array([piece for piece in found if piece[0] < piece[3]])
+    return Pieces(*kept.T, windows=len(windows))
 
 
-def count(rows: list[np.ndarray]) -> dict[str, float]:
-    """Shares of broken pieces, of middles that still see all around them, of windows with a part of a piece.
-
-    A run of PRE, SUF, MID, END in this order, with no other marker between them, is a whole piece. Other markers are of broken ones.
-    """
-    whole = broken = seen_tokens = middle_tokens = windows = 0
-    for row in rows:
-        marks = np.flatnonzero(np.isin(row, [EOD, PRE, SUF, MID, END]))
-        kinds = row[marks].tolist()
-        at, parts = 0, 0
-        while at < len(kinds):
-            if kinds[at : at + 4] == [PRE, SUF, MID, END]:
-                size = marks[at + 3] - marks[at + 2] - 1
-                whole, seen_tokens, middle_tokens, at = whole + 1, seen_tokens + size, middle_tokens + size, at + 4
-            elif kinds[at] == EOD:
-                at += 1
-            else:
-                end = next((k for k in range(at + 1, len(kinds)) if kinds[k] in (EOD, PRE)), len(kinds))
-                parts, middle_tokens = parts + 1, middle_tokens + _middle(row, marks, kinds, at, end)
-                at = end
-        broken, windows = broken + parts, windows + (parts > 0)
-    return {
-        "broken_pieces": broken / max(whole + broken, 1),
-        "middle_tokens_that_see_all": seen_tokens / max(middle_tokens, 1),
-        "windows_with_a_broken_piece": windows / len(rows),
-        "pieces": whole + broken,
+def count(pieces: Pieces, length: int) -> dict[str, float]:
+    """Shares of broken pieces, of middle tokens that see all of prefix and suffix, of windows that hold part of a broken piece."""
+    broken = (pieces.starts // length != (pieces.ends - 1) // length) | (pieces.limits < pieces.ends)
+    middle = np.maximum(pieces.limits - 1 - pieces.middles, 0)  # the end marker aside; cut tokens are not there
+    first_window_end = (pieces.starts // length + 1) * length
+    seen = np.clip(first_window_end - pieces.middles, 0, middle)
+    touched = {
+        w for s, e in zip(pieces.starts[broken], pieces.limits[broken], strict=True) for w in range(s // length, (e - 1) // length + 1)
     }
-
-
-def _middle(row: np.ndarray, marks: np.ndarray, kinds: list[int], first: int, end: int) -> int:
-    """Tokens after MID in a broken piece (with the prefix, in suffix-prefix-middle), as far as the window goes."""
-    stop = int(marks[end]) if end < len(marks) else len(row)
-    after = [int(marks[k]) for k in range(first, end) if kinds[k] == MID]
-    ended = [int(marks[k]) for k in range(first, end) if kinds[k] == END]
-    begin = after[0] + 1 if after else int(marks[first]) if kinds[first] != END else 0
-    return max((ended[0] if ended else stop) - begin, 0) if after or kinds[first] == END else 0
+    return {
+        "broken_pieces": broken.mean(),
+        "middle_tokens_that_see_all": seen.sum() / middle.sum(),
+        "windows_with_a_broken_piece": len(touched) / pieces.windows,
+        "pieces": len(pieces.starts),
+    }
 
 
 def main() -> None:
@@ -122,8 +132,8 @@ def main() -> None:
             "document, then pack": pack_after(stream, vocabulary, length),
             "cut back": cut_back(stream, length),
         }
-        for name, rows in ways.items():
-            found = count(rows)
+        for name, pieces in ways.items():
+            found = count(pieces, length)
             table.append({"length": length, "order": name, **{k: round(float(v), 4) for k, v in found.items()}})
             print(
                 f"{length:5d}  {name:20s}  broken pieces {found['broken_pieces']:6.1%}   middle tokens that see all "
