@@ -93,7 +93,7 @@ class HuggingFace(Source):
 
 def _datasets() -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConfigError("data=huggingface needs the datasets library; pip install 'heads-lightning[datasets]'") from None
     return datasets
