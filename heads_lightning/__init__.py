@@ -4,21 +4,71 @@ An **objective** makes examples, a **backbone** makes hidden states, a **head** 
 implementation** computes that score; each is one override away. Importing this package imports neither torch nor Lightning.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from heads_lightning.auto_classes import announce
 from heads_lightning.configs.head import LMHeadConfig, LMHeadType, LMLossImplementation
 
 if TYPE_CHECKING:
+    from heads_lightning.backbones.masks import AttentionMask, t5_extended_attention_mask, t5_position_ids
+    from heads_lightning.bigs_config import BiGSConfig
+    from heads_lightning.bigs_models import BiGSForCausalLM, BiGSForMaskedLM, BiGSModel
     from heads_lightning.composition import compose
+    from heads_lightning.configs.t5 import T5Config
+    from heads_lightning.heads.value import ValueHead
+    from heads_lightning.t5_model import T5LMHead, T5Model
+    from heads_lightning.value_models import (
+        AutoModelForCausalLMWithValueHead,
+        AutoModelForSeq2SeqLMWithValueHead,
+        create_reference_model,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["LMHeadConfig", "LMHeadType", "LMLossImplementation", "__version__", "compose"]
+__all__ = [
+    "AttentionMask",
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "BiGSConfig",
+    "BiGSForCausalLM",
+    "BiGSForMaskedLM",
+    "BiGSModel",
+    "LMHeadConfig",
+    "LMHeadType",
+    "LMLossImplementation",
+    "T5Config",
+    "T5LMHead",
+    "T5Model",
+    "ValueHead",
+    "__version__",
+    "compose",
+    "create_reference_model",
+    "t5_extended_attention_mask",
+    "t5_position_ids",
+]
+_LATER = {
+    "composition": ("compose",),
+    "bigs_config": ("BiGSConfig",),
+    "bigs_models": ("BiGSForCausalLM", "BiGSForMaskedLM", "BiGSModel"),
+    "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
+    "configs.t5": ("T5Config",),
+    "heads.value": ("ValueHead",),
+    "t5_model": ("T5LMHead", "T5Model"),
+    "value_models": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "create_reference_model"),
+}
+"""Modules that cost an import (Hydra: 0.1 s; torch, transformers: seconds), and what is imported from each when it is first used."""
+_MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Names that cost an import are imported when they are first used (Hydra: 0.1 s)."""
-    if name == "compose":
-        from heads_lightning.composition import compose
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name == "transformers":
+            raise ImportError(f"{name} needs transformers: pip install 'heads-lightning[huggingface]'", name="transformers") from None
+        raise
 
-        return compose
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+announce()

@@ -50,7 +50,7 @@ class Examples(NamedTuple):
     segments_BS: np.ndarray | None = None
     """int32 [B, S]: number of the packed piece that a position belongs to (0, 1, …); PADDING for padding. None: one segment a row."""
     weights_BS: np.ndarray | None = None
-    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean does not depend on it: see counted_B."""
+    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean does not depend on it: see counts_B."""
     prefix_BS: np.ndarray | None = None
     """bool [B, S]: positions of a bidirectional prefix (Attention.prefix only)."""
     encoder_tokens_BT: np.ndarray | None = None
@@ -59,9 +59,12 @@ class Examples(NamedTuple):
     """int32 [B, T]: like segments_BS; a decoder position sees encoder positions of the same segment."""
     part_BS: np.ndarray | None = None
     """int8 [B, S]: which component of the loss a target is reported under (see Objective.parts). None: all 0."""
-    counted_B: np.ndarray | None = None
-    """int64 [B]: tokens that the loss of a row is a mean over, where that is not the count of its targets (masked diffusion: every token
-    that could have been masked). None: the targets."""
+    values_BS: np.ndarray | None = None
+    """float32 [B, S], finite: the number that each position with a label must score (objective=value); 0 elsewhere."""
+    old_values_BS: np.ndarray | None = None
+    """float32 [B, S], finite: its score when the data was made, which a clipped loss stays near; 0 elsewhere."""
+    counts_B: np.ndarray | None = None
+    """int64 [B]: what each row counts for in the divisor of the loss. None: its labels. (Pairs and sequences count once.)"""
 
 
 class Batch(NamedTuple):
@@ -71,7 +74,7 @@ class Batch(NamedTuple):
     labels_BS: torch.Tensor
     attention: Attention
     num_targets: int
-    """Targets in this micro-batch, counted on the host: no loss has to synchronise with the device to know it."""
+    """Targets in this micro-batch (Examples.counts_B), counted on the host: no loss has to synchronise with the device to know it."""
     step_targets: int
     """`counted` of this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
     segments_BS: torch.Tensor | None = None
@@ -80,8 +83,10 @@ class Batch(NamedTuple):
     encoder_tokens_BT: torch.Tensor | None = None
     encoder_segments_BT: torch.Tensor | None = None
     part_BS: torch.Tensor | None = None
+    values_BS: torch.Tensor | None = None
+    old_values_BS: torch.Tensor | None = None
     mean_over: int | None = None
-    """Tokens that the loss is a mean over (Examples.counted_B). None: the targets."""
+    """Tokens that the loss is a mean over (Examples.counts_B). None: the targets."""
     num_padding: int = 0
     """Padded positions."""
 
@@ -98,8 +103,8 @@ class Batch(NamedTuple):
 
         num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE))
         arrays = examples._asdict()
-        counted_B = arrays.pop("counted_B")
-        mean_over = None if counted_B is None else int(counted_B.sum())
+        counts_B = arrays.pop("counts_B")
+        mean_over = None if counts_B is None else int(counts_B.sum())
         counted = num_targets if mean_over is None else mean_over
         return cls(
             **{k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()},  # pyright: ignore[reportArgumentType]

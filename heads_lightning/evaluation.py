@@ -227,6 +227,8 @@ class Report:
     protocol: str = ""
     """Of what was asked: reports are comparable where it is the same (held-out text, questions, version of the protocol)."""
     left_to_right_bits_per_byte: float | None = None
+    left_to_right_refusal: str | None = None
+    """Why there is no such score, where a reader would look for it."""
     ngram_bits_per_byte: float | None = None
     """A 5-gram byte model's, on the same text."""
     infill_bits_per_byte: float | None = None
@@ -262,6 +264,7 @@ class Report:
         flat = asdict(self)
         inner = flat.pop("floors") or {}
         flat.pop("protocol")
+        flat.pop("left_to_right_refusal")
         flat |= {f"floor_{k}": v for k, v in inner.items()}
         return {f"eval/{k}": float(v) for k, v in flat.items() if v is not None}
 

@@ -15,10 +15,13 @@ from heads_lightning.backbones.base import Backbone
 from heads_lightning.composition import from_yaml, validate
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData, Progress, prepare
+from heads_lightning.data.scored import PreparedRecords, prepare_records
 from heads_lightning.data.tokenizer import Tokenizer
 from heads_lightning.heads.base import Head, LMHead
+from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
@@ -30,7 +33,7 @@ class Experiment:
     """The parts of a run."""
 
     config: ExperimentConfig
-    prepared: PreparedData
+    prepared: PreparedData | PreparedRecords
     objective: Objective
     datamodule: TokenDataModule
     module: LanguageModule
@@ -45,17 +48,28 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
     generator = torch.Generator(device=device).manual_seed(config.seed)
     backbone.reset_parameters(generator)
     head.reset_parameters(generator)
-    if isinstance(config.head, LMHeadConfig) and config.head.tie_embeddings:
-        assert isinstance(head, LMHead)
+    if config.head.is_tied:
+        assert isinstance(head, LMHead | ValueHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
     return backbone, head
 
 
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
     """The head that fits a backbone."""
+    embedding = backbone.embedding if config.head.is_tied else None
+    where = {"d_model": backbone.d_model, "vocab_size": vocab_size, "init_device": init_device, "embedding": embedding}
+    if isinstance(config.head, ValueHeadConfig):
+        assert isinstance(config.objective, ValueConfig)  # validated: objective and head predict the same
+        return config.head.build(**where, objective=config.objective)
     assert isinstance(config.head, LMHeadConfig)
-    embedding = backbone.embedding if config.head.tie_embeddings else None
-    return config.head.build(d_model=backbone.d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
+    return config.head.build(**where)
+
+
+def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) -> PreparedData | PreparedRecords:
+    """The data of an experiment: records with their numbers for objective=value where the source has them, else a stream of tokens."""
+    if isinstance(config.objective, ValueConfig) and config.data.has_records:
+        return prepare_records(config.data, config.tokenizer, config.objective, progress=progress)
+    return prepare(config.data, config.tokenizer, progress=progress)
 
 
 def build(config: ExperimentConfig, *, progress: Progress | None = None) -> Experiment:
@@ -69,7 +83,7 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None) -> Expe
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare(config.data, config.tokenizer, progress=progress)
+    prepared = prepare_data(config, progress=progress)
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,

@@ -34,6 +34,7 @@ def generate(
     generator: torch.Generator | None = None,
     forbidden_ids: Sequence[int] = (),
     attention: Attention = Attention.causal,
+    decoder_prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new ids of each, without the stop id. An answer shorter than max_new_tokens was stopped.
 
@@ -48,19 +49,19 @@ def generate(
         generator: of the draws, on any device; advanced once, whatever is drawn. None: seeded with 0. Each prompt draws from a stream of
             its own, which depends on its place in the list and not on the other prompts.
         forbidden_ids: ids that are never produced.
-        attention: causal, or prefix to read each prompt bidirectionally.
+        attention: causal; prefix to read each prompt bidirectionally; encoder_decoder for an encoder that reads the prompts.
+        decoder_prompts: with attention=encoder_decoder, what the decoder of each prompt has written so far, its start token at least.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    tokens_BS, segments_BS = _pad_left(prompts, backbone.embedding.weight.device)
+    batch = _first_batch(prompts, decoder_prompts, attention, backbone.embedding.weight.device)
     draw = _drawing(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, forbidden_ids=forbidden_ids)
-    prefix_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if attention == Attention.prefix else None
+    goes_on = Attention.causal if attention == Attention.prefix else attention
     stops = set(stop_ids)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     with reading_mode(backbone, head):
-        cache = backbone.new_cache(len(prompts), tokens_BS.shape[1] + max_new_tokens - 1)
-        batch = _batch(tokens_BS, attention, segments_BS=segments_BS, prefix_BS=prefix_BS)
+        cache = backbone.new_cache(len(prompts), batch.tokens_BS.shape[1] + max_new_tokens - 1)
         for _ in range(max_new_tokens):
             hidden_BSD = backbone(batch, cache)
             ids_B = draw(head(hidden_BSD, logits_to_keep=1)[:, -1].float())
@@ -71,7 +72,7 @@ def generate(
                     answers[row].append(token)
             if not running:
                 break
-            batch = _batch(ids_B[:, None], Attention.causal)
+            batch = _batch(ids_B[:, None], goes_on)
     return answers
 
 
@@ -205,6 +206,20 @@ def reading_mode(*modules: nn.Module) -> Iterator[None]:
 def _batch(tokens_BS: Tensor, attention: Attention, **fields: Tensor | None) -> Batch:
     """A batch to read, without targets."""
     return Batch(tokens_BS, torch.full_like(tokens_BS, IGNORE), attention, num_targets=0, step_targets=0, **fields)  # pyright: ignore[reportArgumentType]
+
+
+def _first_batch(
+    prompts: Sequence[Sequence[int]], decoder_prompts: Sequence[Sequence[int]] | None, attention: Attention, device: torch.device
+) -> Batch:
+    """All prompts, to be read at once."""
+    tokens_BS, segments_BS = _pad_left(prompts, device)
+    if attention != Attention.encoder_decoder:
+        prefix_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if attention == Attention.prefix else None
+        return _batch(tokens_BS, attention, segments_BS=segments_BS, prefix_BS=prefix_BS)
+    if decoder_prompts is None or len(decoder_prompts) != len(prompts):
+        raise ValueError("attention=encoder_decoder needs one decoder prompt for each prompt: its start token at least")
+    written_BS, written_segments_BS = _pad_left(decoder_prompts, device)
+    return _batch(written_BS, attention, segments_BS=written_segments_BS, encoder_tokens_BT=tokens_BS, encoder_segments_BT=segments_BS)
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

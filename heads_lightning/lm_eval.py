@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from heads_lightning.abilities import can_read_left_to_right, opening
 from heads_lightning.experiment import TrainedModel, load
 from heads_lightning.generation import generate
 from heads_lightning.likelihood import next_token_row, score_rows
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import can_read_left_to_right, opening
 
 LM: Any = object
 register_model: Any = None

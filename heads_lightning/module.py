@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as lightning
 import torch
@@ -21,7 +21,7 @@ from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import IGNORE, Batch
 from heads_lightning.configs.optimizer import OptimizerConfig
 from heads_lightning.configs.schedule import ScheduleConfig
-from heads_lightning.heads.base import Head
+from heads_lightning.heads.base import Head, HeadLoss
 from heads_lightning.registry import RunError
 from heads_lightning.training.optimizers import build_optimizer
 
@@ -70,6 +70,8 @@ class LanguageModule(lightning.LightningModule):
         self.totals = Totals()
         """Sums since the last logged point; the metrics callback reads and clears them."""
         self._validation = Totals()
+        self.statistics: list[float] = []
+        """Of the head, summed over the latest validation (HeadLoss.statistics)."""
         if compile:
             self.backbone.compile()
 
@@ -90,9 +92,9 @@ class LanguageModule(lightning.LightningModule):
         divisor = max(targets, 1) / self.trainer.world_size
         for i, batch in enumerate(step):
             with self._gradients_stay_local(i + 1 < len(step)):
-                output = self._loss(batch, divisor)
+                output = self.head.loss(self.backbone(batch), batch, divisor=divisor)
                 self.manual_backward(output.loss)
-            self.totals.add(output, batch, divisor)
+            self.totals.add(output, batch)
         norm = self._clip(optimizer)
         if self._is_bad(norm, step, batch_idx):
             optimizer.zero_grad(set_to_none=True)
@@ -101,18 +103,6 @@ class LanguageModule(lightning.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         self.backbone.after_optimizer_step()
         self.head.after_optimizer_step()
-
-    def _loss(self, batch: Batch, divisor: float) -> Any:
-        hidden_BSD = self.backbone(batch)
-        return self.head(
-            hidden_BSD,
-            labels=batch.labels_BS,
-            weights=batch.weights_BS,
-            loss_reduction="sum",
-            loss_div_factor=divisor,
-            return_logits=False,
-            num_targets=batch.num_targets,
-        )
 
     def _gradients_stay_local(self, local: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are exchanged once a step, with the last micro-batch."""
@@ -155,18 +145,11 @@ class LanguageModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start from zero."""
-        self._validation = Totals(len(self.parts))
+        self._validation = Totals(len(self.parts), self.head.num_statistics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a micro-batch of held-out examples."""
-        output = self.head(
-            self.backbone(batch),
-            labels=batch.labels_BS,
-            weights=batch.weights_BS,
-            loss_reduction="none",
-            return_logits=False,
-        )
-        self._validation.add_tokens(output, batch)
+        self._validation.add_tokens(self.head.loss(self.backbone(batch), batch, divisor=None), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Sums of all ranks, divided once."""
@@ -175,14 +158,16 @@ class LanguageModule(lightning.LightningModule):
         for i, name in enumerate(self.parts):
             if totals.part_targets[i]:
                 values[f"val/loss_{name}"] = totals.part_losses[i] / totals.part_targets[i]
-        self.log_dict(values)
+        self.statistics = totals.statistics
+        self.log_dict(values | {f"val/{name}": value for name, value in self.head.metrics(totals.statistics).items()})
 
 
 class Totals:
     """Sums of losses and counts, kept as tensors until somebody reads them: adding never synchronises with the device."""
 
-    def __init__(self, num_parts: int = 0) -> None:
+    def __init__(self, num_parts: int = 0, num_statistics: int = 0) -> None:
         self.num_parts = num_parts
+        self.num_statistics = num_statistics
         self.clear()
 
     def clear(self) -> None:
@@ -199,11 +184,10 @@ class Totals:
         # a non-finite value of a step that is skipped must not poison the sum of the others
         self._tensors[name] = value.double() if held is None else held + value
 
-    def add(self, output: Any, batch: Batch, divisor: float) -> None:
-        """Add a training micro-batch whose loss was divided by `divisor`."""
-        self._accumulate("loss", output.ce_loss * divisor)
-        if output.z_loss is not None:
-            self._accumulate("z_loss", output.z_loss * divisor)
+    def add(self, output: HeadLoss, batch: Batch) -> None:
+        """Add a training micro-batch."""
+        for name, value in output.sums.items():
+            self._accumulate(name, value)
         self.targets += batch.counted
         self.positions += batch.tokens_BS.numel()
         self.padding += batch.num_padding
@@ -213,9 +197,11 @@ class Totals:
         self._accumulate("grad_norm", norm)
         self.steps += 1
 
-    def add_tokens(self, output: Any, batch: Batch) -> None:
-        """Add a micro-batch whose losses are per token."""
-        losses_BS = output.ce_loss.double()  # times the weights, where there are any
+    def add_tokens(self, output: HeadLoss, batch: Batch) -> None:
+        """Add a micro-batch whose losses are per target."""
+        losses_BS = output.loss.detach().double()  # times the weights, where there are any
+        if output.statistics is not None:
+            self._accumulate("statistics", output.statistics)
         self._accumulate("loss", losses_BS.sum())
         self.targets += batch.counted
         for i in range(self.num_parts):
@@ -227,7 +213,7 @@ class Totals:
 
     def read(self) -> dict[str, float]:
         """The sums as numbers (this is where the host waits for the device)."""
-        return {name: float(value) for name, value in self._tensors.items()}
+        return {name: float(value) for name, value in self._tensors.items() if value.ndim == 0}
 
     def over_ranks(self, device: torch.device, world_size: int) -> Sums:
         """Sums over all ranks."""
@@ -235,23 +221,25 @@ class Totals:
         flat = [values.get("loss", 0.0), float(self.targets)]
         flat += [values.get(f"part_loss_{i}", 0.0) for i in range(self.num_parts)]
         flat += [values.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
+        # a rank without a batch has none
+        flat += self._tensors["statistics"].tolist() if "statistics" in self._tensors else [0.0] * self.num_statistics
         if world_size > 1:
             # fp32 on devices without fp64; the counts are exact up to 2^24 targets a rank
             total = torch.tensor(flat, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
             torch.distributed.all_reduce(total)
             flat = total.tolist()
         k = self.num_parts
-        return Sums(flat[0], int(flat[1]), flat[2 : 2 + k], flat[2 + k :])
+        return Sums(flat[0], int(flat[1]), flat[2 : 2 + k], flat[2 + k : 2 + 2 * k], flat[2 + 2 * k :])
 
 
-class Sums:
-    """Losses in nats and counts of targets, over all ranks."""
+class Sums(NamedTuple):
+    """Sums over all ranks: losses (in nats over a vocabulary), counts of targets, and what the head counts."""
 
-    def __init__(self, loss: float, targets: int, part_losses: list[float], part_targets: list[float]) -> None:
-        self.loss = loss
-        self.targets = targets
-        self.part_losses = part_losses
-        self.part_targets = part_targets
+    loss: float
+    targets: int
+    part_losses: list[float]
+    part_targets: list[float]
+    statistics: list[float]
 
 
 def _part_is(batch: Batch, part: int) -> Tensor:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,17 @@ from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
+from heads_lightning.heads.value import ValueHead
+from heads_lightning.losses.value import ValueStatistics
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
+from heads_lightning.training.agreement import SameConfig, settled_precision
 from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
-from heads_lightning.training.trainer import build_trainer, resolve_precision
+from heads_lightning.training.trainer import build_trainer
 
 
 @dataclass
@@ -48,8 +52,22 @@ class Result:
     """Last value of every logged metric."""
 
 
-def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = None, parent: str | None = None) -> Result:
+def train(
+    config: ExperimentConfig,
+    run_dir: Path,
+    *,
+    console: Console | None = None,
+    parent: str | None = None,
+    callbacks: Sequence[lightning.Callback] = (),
+) -> Result:
     """Train, evaluate and record. With `config.resume`, go on from that checkpoint in `run_dir`.
+
+    Args:
+        config: the experiment; every rank must be given the same, which is checked.
+        run_dir: folder of the run, the same on every rank.
+        console: where to talk; the first rank's output when left out.
+        parent: run folder or MLflow run id of the sweep that the run belongs to.
+        callbacks: further Lightning callbacks.
 
     Raises:
         ConfigError: a mistake in the config, or this machine cannot run it.
@@ -75,16 +93,18 @@ def train(config: ExperimentConfig, run_dir: Path, *, console: Console | None = 
     ) as log:
         with contextlib.closing(PreparationProgress(console)) as progress:
             experiment = build(config, progress=progress)
-        return _fit(experiment, run_dir, log, console, text)
+        return _fit(experiment, run_dir, log, console, text, callbacks)
 
 
 def _settle(config: ExperimentConfig) -> ExperimentConfig:
     """Replace what depends on the machine by what it means here, so that the saved config says it."""
-    precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
+    precision = settled_precision(config.trainer)
     return replace(config, trainer=replace(config.trainer, precision=precision))
 
 
-def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, config_yaml: str) -> Result:
+def _fit(
+    experiment: Experiment, run_dir: Path, log: RunLog, console: Console, config_yaml: str, further: Sequence[lightning.Callback]
+) -> Result:
     config = experiment.config
     tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
     metrics = MetricsCallback(
@@ -103,7 +123,7 @@ def _fit(experiment: Experiment, run_dir: Path, log: RunLog, console: Console, c
         record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
         warn=lambda message: console.print(message, style="yellow"),
     )
-    callbacks: list[Any] = [metrics, checkpoints]
+    callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()
@@ -121,7 +141,7 @@ def _resume_path(config: ExperimentConfig) -> Path | None:
     return find_checkpoint(config.resume, config.run_root) if config.resume else None
 
 
-def _draw_curves(run_dir: Path, log: RunLog) -> None:
+def _draw_curves(run_dir: Path, log: RunLog, ylabel: str) -> None:
     """loss.png: training and held-out loss by optimizer step."""
     from matplotlib.figure import Figure
 
@@ -132,10 +152,31 @@ def _draw_curves(run_dir: Path, log: RunLog) -> None:
         drawn = [(point.step, point.values[name]) for point in points if name in point.values]
         if drawn:
             axes.plot(*zip(*drawn, strict=True), label=label, marker="o" if len(drawn) < 40 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss, nats per target")
+    axes.set(xlabel="optimizer step", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
     log.log_figure("loss.png", figure)
+
+
+def _draw_reliability(experiment: Experiment, log: RunLog) -> None:
+    """reliability.png: mean held-out target by predicted value, with the number of targets in each bin below."""
+    from matplotlib.figure import Figure
+
+    bins = ValueStatistics.from_vector(experiment.module.statistics)
+    filled = [i for i, count in enumerate(bins.bin_count) if count]
+    if not filled:
+        return
+    predicted = [bins.bin_predicted[i] / bins.bin_count[i] for i in filled]
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    ends = [min(predicted), max(predicted)]
+    above.plot(ends, ends, color="0.7", label="calibrated")
+    above.plot(predicted, [bins.bin_target[i] / bins.bin_count[i] for i in filled], marker="o", label=experiment.config.name)
+    above.set(ylabel="mean target")
+    above.legend()
+    below.bar(predicted, [bins.bin_count[i] for i in filled], width=0.6 * (ends[1] - ends[0]) / max(len(filled), 1) or 0.1)
+    below.set(xlabel="predicted value", ylabel="targets")
+    log.log_figure("reliability.png", figure)
 
 
 def _quiet_lightning() -> None:
@@ -188,7 +229,9 @@ def _conclude(
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
         log.log_text("samples.txt", outcome.samples_text())
-    _draw_curves(run_dir, log)
+    _draw_curves(run_dir, log, "loss, nats per target" if config.objective.predicts == "token" else "loss per target")
+    if isinstance(experiment.module.head, ValueHead):
+        _draw_reliability(experiment, log)
     text = summary_text(
         config,
         run_dir=run_dir,

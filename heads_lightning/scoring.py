@@ -9,21 +9,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from heads_lightning import masked
-from heads_lightning.batch import IGNORE, Attention
+from heads_lightning import masked, span_filling
+from heads_lightning.abilities import can_infill, can_read_left_to_right, infilling, opening
+from heads_lightning.batch import IGNORE
 from heads_lightning.configs.data import RepeatConfig
-from heads_lightning.configs.objective import (
-    CausalConfig,
-    FIMConfig,
-    FIMLayouts,
-    MixtureConfig,
-    MultiTokenConfig,
-    ObjectiveConfig,
-    PrefixLMConfig,
-    UL2Config,
-)
 from heads_lightning.configs.requests import InfillRequest
+from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData
+from heads_lightning.data.scored import PreparedRecords
 from heads_lightning.evaluation import (
     HiddenLine,
     Report,
@@ -43,6 +36,7 @@ from heads_lightning.likelihood import ROWS, Row, next_token_row, score_rows, sc
 from heads_lightning.objectives.base import document_segments
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
+from heads_lightning.span_filling import fills_spans
 
 
 class Sample(NamedTuple):
@@ -82,65 +76,34 @@ def _indent(text: str) -> str:
     return "\n".join("    │ " + line[:100] for line in text.split("\n"))
 
 
-def can_read_left_to_right(model: TrainedModel) -> bool:
-    """True for models that predict the next token of plain text (a prefix of length 0 is causal)."""
-    objective = model.config.objective
-    plain = (CausalConfig, FIMConfig, MultiTokenConfig, PrefixLMConfig, UL2Config)
-    if objective.predicts != "token" or objective.attention not in (Attention.causal, Attention.prefix):
-        return False
-    return objective.attention == Attention.causal or any(isinstance(part, plain) for part in parts_of(objective).values())
+@torch.no_grad()
+def value_metrics(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> dict[str, float]:
+    """What validation says of a model with objective=value, on the same held-out sequences."""
+    config, device = model.config, next(model.head.parameters()).device
+    held_out = TokenDataModule(
+        prepared,
+        config.objective.build(model.tokenizer.vocabulary),
+        sequence_length=config.data.sequence_length,
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        seed=config.seed,
+        total_steps=1,
+        validation_sequences=config.data.validation_sequences,
+    ).val_dataloader()
+    found = [model.head.loss(model.backbone(batch.to(device)), batch.to(device), divisor=None).statistics for batch in held_out]
+    total = torch.stack([statistics for statistics in found if statistics is not None]).sum(0)
+    return {f"val/{name}": value for name, value in model.head.metrics(total.tolist()).items()}
 
 
-class Infilling(NamedTuple):
-    """How a model was taught to infill."""
-
-    layouts: FIMLayouts
-    mode: int | None
-    """Mode token that opens its pieces."""
-
-    @property
-    def layout(self) -> str:
-        """The layout to ask with: psm unless it was never shown."""
-        return self.layouts.trained[0]
-
-
-def parts_of(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
-    """The objectives of a mixture by part; one that is none, by its name."""
-    return objective.part_configs() if isinstance(objective, MixtureConfig) else {objective.name: objective}
-
-
-def infilling(model: TrainedModel) -> Infilling | None:
-    """How to ask for an infill; None for models whose infilling tokens were not trained."""
-    vocabulary, objective = model.tokenizer.vocabulary, model.config.objective
-    for name, part in parts_of(objective).items():
-        if isinstance(part, FIMConfig) and part.rate > 0:
-            return Infilling(part.layouts(vocabulary.fim_format), _modes(model).get(name))
-    return None
-
-
-def _modes(model: TrainedModel) -> dict[str, int]:
-    """Mode tokens by part."""
-    objective = model.config.objective
-    return objective.mode_tokens(model.tokenizer.vocabulary.sentinels)[0] if isinstance(objective, MixtureConfig) else {}
-
-
-def opening(model: TrainedModel) -> int:
-    """The token that opens a document read left to right: the end-of-document marker, or the mode token that training put in its place."""
-    modes = _modes(model)
-    readers = [name for name, part in parts_of(model.config.objective).items() if not isinstance(part, FIMConfig) or part.rate < 1]
-    plain = [name for name in readers if isinstance(parts_of(model.config.objective)[name], CausalConfig)]
-    return next((modes[name] for name in [*plain, *readers] if name in modes), model.tokenizer.vocabulary.end_of_document)
-
-
-def can_infill(model: TrainedModel) -> bool:
-    """True for models whose infilling tokens were trained."""
-    return infilling(model) is not None
-
-
-def evaluate(model: TrainedModel, prepared: PreparedData) -> Outcome:
+def evaluate(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> Outcome:
     """The whole protocol, as far as the model goes."""
     config = model.config.evaluation
-    report = Report(protocol=protocol(prepared.manifest.content_hash, model.config.data.validation_fraction, config))
+    report = Report()
+    if isinstance(prepared, PreparedRecords):
+        return Outcome(report, [])
+    report.protocol = protocol(prepared.manifest.content_hash, model.config.data.validation_fraction, config)
+    if fills_spans(model.config.objective):
+        return _evaluate_spans(model, prepared, report)
     if isinstance(model.config.data, RepeatConfig):
         if can_read_left_to_right(model):
             _copy_accuracy(model, prepared, report)
@@ -168,13 +131,46 @@ def _score_lines(model: TrainedModel, training: list[str], questions: list[Hidde
     if not can_infill(model):
         return []
     report.stop_accuracy = stop_accuracy(model, questions)
-    answers, report.infill_stopped = infill_lines(model, questions)
+    answers, stopped = infill_lines(model, questions)
+    return _answered(model, report, questions, answers, stopped).samples
+
+
+def _evaluate_spans(model: TrainedModel, prepared: PreparedData, report: Report) -> Outcome:
+    """Of an encoder-decoder that fills sentinels: hidden lines. Its decoder reads no text from left to right."""
+    report.left_to_right_refusal = (
+        f"objective={model.config.objective.name} has none: the decoder writes what sentinels hide, not running text"
+    )
+    if isinstance(model.config.data, RepeatConfig):
+        questions = [_copy_question(text) for text in islice(prepared.texts("validation"), COPIES)]
+        report.hidden_lines = len(questions)
+        longest = _longest(model, questions)
+        outputs = [span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=longest) for shown in (False, True)]
+        shares = [_share_right(model, questions, output) for output in outputs]
+        report.copy_accuracy_prefix, report.copy_accuracy_infill = shares
+        return Outcome(report, [])
+    held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
+    questions = hidden_lines(held_out, model.config.evaluation)
+    report.hidden_lines = len(questions)
+    if not questions:
+        return Outcome(report, [])
+    report.floors = floors(training, questions)
+    report.prefix_bits_per_byte = span_filling.line_bits_per_byte(model, questions, with_suffix=False)
+    report.infill_bits_per_byte = span_filling.line_bits_per_byte(model, questions, with_suffix=True)
+    longest = model.config.evaluation.max_new_tokens
+    outputs = span_filling.fill(model, questions, max_new_tokens=longest)
+    stopped = sum(len(o) < longest for o in outputs) / len(outputs)
+    return _answered(model, report, questions, [model.tokenizer.decode(o) for o in outputs], stopped)
+
+
+def _answered(model: TrainedModel, report: Report, questions: Sequence[HiddenLine], answers: Sequence[str], stopped: float) -> Outcome:
+    """How right the infills are, and a few of them to look at."""
+    config = model.config.evaluation
     pairs = [(a.strip(), q.line.strip()) for a, q in zip(answers, questions, strict=True)]
     report.infill_exact_match = sum(a == b for a, b in pairs) / len(pairs)
     report.infill_edit_similarity = sum(edit_similarity(a, b) for a, b in pairs) / len(pairs)
-    count = model.config.evaluation.samples
-    chosen = [int((k + 0.5) * len(questions) / count) for k in range(min(count, len(questions)))]
-    return [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen]
+    report.infill_stopped = stopped
+    chosen = [int((k + 0.5) * len(questions) / config.samples) for k in range(min(config.samples, len(questions)))]
+    return Outcome(report, [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen])
 
 
 def _score_spans(model: TrainedModel, questions: list[HiddenLine], report: Report) -> None:
@@ -311,6 +307,8 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
     Raises:
         ConfigError: the model was not trained to infill, or not with the layout asked for.
     """
+    if fills_spans(model.config.objective):
+        return span_filling.infill(model, prefix, suffix, request)
     if masked.is_diffusion(model):
         return masked.fill(
             model,
@@ -352,7 +350,11 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
 # -- the synthetic proof ------------------------------------------------------------------------------------------------
 
 
-def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = 200) -> None:
+COPIES = 200
+"""Documents of data=repeat that are asked about."""
+
+
+def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = COPIES) -> None:
     """data=repeat: hide the second line; it stands again in the suffix and nowhere in the prefix."""
     questions = [_copy_question(text) for text in islice(prepared.texts("validation"), count)]
     report.hidden_lines = len(questions)
@@ -371,8 +373,20 @@ def _copy_question(text: str) -> HiddenLine:
 def _accuracy(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool, layout: str | None) -> float:
     """Share of hidden tokens that greedy decoding gets right."""
     prompts = [_prompt(model, q, with_suffix=with_suffix, layout=layout) for q in questions]
-    truths = [list(model.tokenizer.encode(q.line.strip())) for q in questions]  # that a line ends is no news
     stop = [i for i in (model.tokenizer.vocabulary.fim_end,) if i is not None]
-    outputs = _generate(model, prompts, max_new_tokens=max(len(t) for t in truths), stop_ids=stop)
+    return _share_right(model, questions, _generate(model, prompts, max_new_tokens=_longest(model, questions), stop_ids=stop))
+
+
+def _truths(model: TrainedModel, questions: Sequence[HiddenLine]) -> list[list[int]]:
+    """Ids of the hidden lines; that a line ends is no news."""
+    return [list(model.tokenizer.encode(q.line.strip())) for q in questions]
+
+
+def _longest(model: TrainedModel, questions: Sequence[HiddenLine]) -> int:
+    return max(len(truth) for truth in _truths(model, questions))
+
+
+def _share_right(model: TrainedModel, questions: Sequence[HiddenLine], outputs: Sequence[Sequence[int]]) -> float:
+    truths = _truths(model, questions)
     right = sum(a == b for out, truth in zip(outputs, truths, strict=True) for a, b in zip(out, truth, strict=False))
     return right / sum(len(t) for t in truths)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.configs.value import ValueConfig
 from heads_lightning.evaluation import Report
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ def summary_text(
     ui_command: str | None,
 ) -> str:
     """The page as plain text."""
-    blocks = [_training(metrics, seconds)]
+    blocks = [_training(metrics, seconds, config.objective.predicts), values_text(config, metrics)]
     if report is not None:
         blocks.append(report_text(report, samples))
-    blocks.append(_next_steps(config, run_dir, ui_command))
+    blocks.append(_next_steps(config, run_dir, ui_command, report))
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -36,10 +37,11 @@ def report_text(report: Report, samples: list[Sample]) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def _training(metrics: dict[str, float], seconds: float) -> str:
+def _training(metrics: dict[str, float], seconds: float, predicts: str) -> str:
+    unit = "{:.3f} nats per target" if predicts == "token" else "{:.4f} per target"
     shown = [
-        ("training loss", "train/loss", "{:.3f} nats per target"),
-        ("held-out loss", "val/loss", "{:.3f} nats per target"),
+        ("training loss", "train/loss", unit),
+        ("held-out loss", "val/loss", unit),
         ("steps skipped", "train/bad_steps", "{:.0f} (gradient not finite)"),
     ]
     rows = [(name, form.format(metrics[key])) for name, key, form in shown if key in metrics and (key != "train/bad_steps" or metrics[key])]
@@ -48,7 +50,28 @@ def _training(metrics: dict[str, float], seconds: float) -> str:
     return _table("Training", rows)
 
 
+def values_text(config: ExperimentConfig, metrics: dict[str, float]) -> str:
+    """What validation says of values: see losses.value.ValueStatistics."""
+    if "val/calibration_error" not in metrics:
+        return ""
+    objective = config.objective
+    assert isinstance(objective, ValueConfig)
+    paired = objective.pairwise
+    shown = [
+        ("explained variance", "val/explained_variance", "{:.3f}  (1 is perfect, 0 is always the mean)"),
+        ("calibration error", "val/calibration_error", "{:.3f}  (mean distance of prediction and target, by bins; see reliability.png)"),
+        ("right pairs" if paired else "right side", "val/accuracy", "{:.1%}" if paired else "{:.1%} on the target's side of the middle"),
+        ("predicted", "val/value_mean", "{:.3f} on average"),
+        ("target", "val/target_mean", "{:.3f} on average"),
+    ]
+    rows = [(name, form.format(metrics[key])) for name, key, form in shown if key in metrics]
+    kind = "pairs" if paired else f"tokens (loss {objective.loss}, {objective.alignment})"
+    return _table(f"Values of held-out {kind}", rows)
+
+
 def _left_to_right(report: Report) -> str:
+    if report.left_to_right_refusal is not None:
+        return _table("Left to right: bits per byte of held-out files", [("none", report.left_to_right_refusal)])
     if report.left_to_right_bits_per_byte is None:
         return ""
     rows = [("this model", f"{report.left_to_right_bits_per_byte:.3f}")]
@@ -112,12 +135,12 @@ def _samples(samples: list[Sample]) -> str:
     return "Infilled lines\n" + "\n".join(show_sample(sample) for sample in samples).rstrip()
 
 
-def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None) -> str:
+def _next_steps(config: ExperimentConfig, run_dir: Path, ui_command: str | None, report: Report | None) -> str:
     run_dir = _from_here(run_dir)
     rows = [("run folder", str(run_dir))]
     if ui_command:
         rows.append(("see it in MLflow", ui_command))
-    if config.objective.name == "fim":
+    if config.objective.name == "fim" or (report is not None and report.infill_exact_match is not None):
         rows.append(("infill your own", f"heads-lightning infill checkpoint={run_dir} prefix_file=before.py suffix_file=after.py"))
     rows.append(
         (

@@ -16,17 +16,27 @@ from torch import Tensor, nn
 from heads_lightning.backbones import layers
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import PADDING, Attention
-from heads_lightning.configs.backbone import FeedForward, NGPTConfig, Position, TransformerConfig, backbones
+from heads_lightning.configs.backbone import (
+    CausalForm,
+    Direction,
+    FeedForward,
+    GateActivation,
+    NGPTConfig,
+    Position,
+    TransformerConfig,
+    backbones,
+)
 from heads_lightning.configs.base import NormType
 from heads_lightning.registry import ConfigError
+from heads_lightning.testing.backbones import LEAK, changed_at, enlarged
 from heads_lightning.testing.backbones import batch_of as batch
-from heads_lightning.testing.backbones import changed_at, enlarged
 from heads_lightning.testing.backbones import draw_tokens as tokens
 
 VOCAB = 61
 TINY: dict[str, dict[str, Any]] = {
     "transformer": {"d_model": 32, "num_layers": 3, "num_heads": 4},
     "ngpt": {"d_model": 32, "num_layers": 3, "num_heads": 4},
+    "bigs": {"d_model": 32, "num_layers": 3, "state_size": 8, "max_positions": 64},
 }
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer": ("transformer", {}),
@@ -38,8 +48,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer-layernorm-nobias": ("transformer", {"norm": "layer_norm", "activation": "relu_squared", "position": "none"}),
     "ngpt": ("ngpt", {}),
     "ngpt-gqa": ("ngpt", {"num_kv_heads": 2, "alpha_init": 0.3, "feed_forward_dim": 48}),
+    "bigs": ("bigs", {}),
+    "bigs-dual": ("bigs", {"direction": "causal"}),
+    "bigs-gate": ("bigs", {"direction": "causal", "causal_form": "gate", "position": "none"}),
+    "bigs-single": ("bigs", {"direction": "causal", "causal_form": "single", "gate_activation": "gelu", "num_token_types": 0}),
 }
-ENUMS = {"position": Position, "norm": NormType, "feed_forward": FeedForward}
+ENUMS = {
+    "direction": Direction, "causal_form": CausalForm, "gate_activation": GateActivation,
+    "position": Position, "norm": NormType, "feed_forward": FeedForward,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +84,26 @@ def variant(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def variants_with(attention: Attention) -> pytest.MarkDecorator:
+    """The variants that give an attention kind."""
+    return pytest.mark.parametrize("variant", [v for v in VARIANTS if attention in config(v).attention_supported()])
+
+
+EACH = [(v, a) for v in VARIANTS for a in sorted(config(v).attention_supported())]
+"""Every variant with every attention kind that it gives."""
+
+
+def any_attention(variant: str) -> Attention:
+    """Causal, where the variant gives it."""
+    supported = config(variant).attention_supported()
+    return Attention.causal if Attention.causal in supported else min(supported)
+
+
+def rounding(variant: str) -> float:
+    """What a change may be where there is none: exactly 0, except for a convolution by Fourier transform."""
+    return LEAK if variant.startswith("bigs") else 0.0
+
+
 def test_every_registered_backbone_is_tested() -> None:
     built_in = {name for name, cls in backbones.items() if cls.__module__ == "heads_lightning.configs.backbone"}
     assert built_in == {name for name, _ in VARIANTS.values()}
@@ -75,6 +112,7 @@ def test_every_registered_backbone_is_tested() -> None:
 # ---- who sees whom
 
 
+@variants_with(Attention.causal)
 @pytest.mark.parametrize("packed", [False, True])
 def test_causal_never_sees_the_future(variant: str, packed: bool) -> None:
     model, one = build(variant), tokens(2, 24)
@@ -83,10 +121,11 @@ def test_causal_never_sees_the_future(variant: str, packed: bool) -> None:
         other = one.clone()
         other[:, position] = (other[:, position] + 1) % VOCAB
         change = changed_at(model, batch(one, segments_BS=segments), batch(other, segments_BS=segments))
-        assert not change[:position].any()
+        assert (change[:position] <= rounding(variant)).all()
         assert (change[position:] > 1e-6).all()
 
 
+@variants_with(Attention.bidirectional)
 def test_bidirectional_sees_the_future(variant: str) -> None:
     model, one = build(variant), tokens(2, 24)
     other = one.clone()
@@ -94,6 +133,7 @@ def test_bidirectional_sees_the_future(variant: str) -> None:
     assert (changed_at(model, batch(one, Attention.bidirectional), batch(other, Attention.bidirectional)) > 1e-6).all()
 
 
+@variants_with(Attention.prefix)
 def test_prefix_sees_itself_whole_and_the_rest_is_causal(variant: str) -> None:
     model, one = build(variant), tokens(2, 24)
     prefix = (torch.arange(24) < 10).expand(2, 24)
@@ -105,6 +145,7 @@ def test_prefix_sees_itself_whole_and_the_rest_is_causal(variant: str) -> None:
         assert (change[first_changed:] > 1e-6).all()
 
 
+@variants_with(Attention.prefix)
 def test_a_stray_prefix_position_shows_nothing_to_others(variant: str) -> None:
     """Positions outside the prefix never look ahead, not even at prefix positions."""
     model, one = build(variant), tokens(1, 12)
@@ -124,7 +165,7 @@ def test_a_stray_prefix_position_shows_nothing_to_others(variant: str) -> None:
 # ---- packing and padding
 
 
-@pytest.mark.parametrize("attention", [Attention.causal, Attention.bidirectional, Attention.prefix])
+@pytest.mark.parametrize(("variant", "attention"), EACH)
 def test_packed_documents_are_isolated_and_equal_to_themselves_alone(variant: str, attention: Attention) -> None:
     model, one = build(variant), tokens(2, 24)
     lengths = [7, 12, 5]
@@ -136,7 +177,7 @@ def test_packed_documents_are_isolated_and_equal_to_themselves_alone(variant: st
     other[:, :7] = tokens(2, 7, seed=9)
     change = changed_at(model, packed, packed._replace(tokens_BS=other))
     assert (change[:7] > 0).any()
-    assert not change[7:].any()
+    assert (change[7:] <= rounding(variant)).all()
     with torch.no_grad():
         whole, start = model(packed), 0
         for length in lengths:
@@ -146,7 +187,7 @@ def test_packed_documents_are_isolated_and_equal_to_themselves_alone(variant: st
             start += length
 
 
-@pytest.mark.parametrize("attention", [Attention.causal, Attention.bidirectional])
+@pytest.mark.parametrize(("variant", "attention"), [(v, a) for v, a in EACH if a != Attention.prefix])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing_and_stays_finite(variant: str, attention: Attention, side: str) -> None:
     model, real, pad = build(variant), tokens(2, 14), tokens(2, 6, seed=3)
@@ -165,13 +206,14 @@ def test_a_row_of_padding_alone_has_finite_gradients(variant: str) -> None:
     model = build(variant, torch.float32)
     segments = torch.zeros(2, 8, dtype=torch.int32)
     segments[1] = PADDING
-    model(batch(tokens(2, 8), segments_BS=segments)).square().sum().backward()
+    model(batch(tokens(2, 8), any_attention(variant), segments_BS=segments)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 # ---- cache
 
 
+@variants_with(Attention.causal)
 @pytest.mark.parametrize("steps", [[11, 1, 1, 1], [1] * 14, [5, 4, 5]])
 def test_reading_on_from_a_cache_equals_reading_at_once(variant: str, steps: list[int]) -> None:
     model, one = build(variant, torch.float32, gain=3.0), tokens(2, 14)
@@ -184,6 +226,7 @@ def test_reading_on_from_a_cache_equals_reading_at_once(variant: str, steps: lis
         torch.testing.assert_close(torch.cat(pieces, 1), model(batch(one))[:, : sum(steps)], rtol=1e-5, atol=1e-5)
 
 
+@variants_with(Attention.causal)
 def test_cache_with_left_padding_equals_each_row_alone(variant: str) -> None:
     model, one, lengths = build(variant), tokens(3, 12), [3, 8, 12]
     segments = torch.zeros(3, 12, dtype=torch.int32)
@@ -200,6 +243,7 @@ def test_cache_with_left_padding_equals_each_row_alone(variant: str) -> None:
             torch.testing.assert_close(hidden[row : row + 1, 12 - length :], alone, rtol=1e-9, atol=1e-9)
 
 
+@variants_with(Attention.prefix)
 def test_prefix_attention_fills_a_cache(variant: str) -> None:
     model, one = build(variant), tokens(1, 12)
     prefix = (torch.arange(12) < 5)[None]
@@ -211,6 +255,7 @@ def test_prefix_attention_fills_a_cache(variant: str) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
 
 
+@variants_with(Attention.prefix)
 def test_what_a_cache_cannot_do_is_refused(variant: str) -> None:
     model = build(variant)
     with pytest.raises(ValueError, match="bidirectional"):
@@ -238,9 +283,11 @@ def test_num_flops_counts_the_matrix_products(variant: str) -> None:
     described, size = config(variant), 16
     model = described.build(vocab_size=VOCAB)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        model(batch(tokens(2, size), Attention.bidirectional)).sum().backward()
+        model(batch(tokens(2, size), any_attention(variant))).sum().backward()
     # the hidden states of the first layer need a gradient too (the embedding learns), so nothing is left out of the count
-    assert counter.get_total_flops() == described.num_flops_per_token(size) * 2 * size
+    counted, said = counter.get_total_flops(), described.num_flops_per_token(size) * 2 * size
+    # BiGS: its kernel is a product too, shared by all rows and channels, so that no count per token holds it
+    assert said <= counted <= said * (1.02 if variant.startswith("bigs") else 1.0)
 
 
 def test_meta_and_direct_builds_are_equal_and_deterministic(variant: str) -> None:
@@ -264,7 +311,7 @@ def test_meta_and_direct_builds_are_equal_and_deterministic(variant: str) -> Non
 
 def test_hidden_states_are_sane_at_the_start(variant: str) -> None:
     model = config(variant).build(vocab_size=VOCAB)
-    hidden = model(batch(tokens(4, 16)))
+    hidden = model(batch(tokens(4, 16), any_attention(variant)))
     expected = 32**-0.5 if variant.startswith("ngpt") else 1.0
     assert hidden.square().mean().sqrt().item() == pytest.approx(expected, rel=0.05)
 
@@ -272,7 +319,7 @@ def test_hidden_states_are_sane_at_the_start(variant: str) -> None:
 def test_gradients_reach_every_parameter(variant: str) -> None:
     model = build(variant, torch.float32, gain=2.0).train()
     one = torch.arange(VOCAB).repeat(2)[: 3 * 40].view(3, 40)
-    (model(batch(one)) * torch.randn(32, generator=torch.Generator().manual_seed(0))).sum().backward()
+    (model(batch(one, any_attention(variant))) * torch.randn(32, generator=torch.Generator().manual_seed(0))).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -281,9 +328,10 @@ def test_gradients_reach_every_parameter(variant: str) -> None:
 def test_parameters_are_matrices_or_vectors(variant: str) -> None:
     """Optimizers decide by shape: 2-D inside the blocks is a matrix, 1-D is a norm, bias or scale."""
     model = config(variant).build(vocab_size=VOCAB, init_device="meta")
-    assert {p.ndim for p in model.parameters()} <= {1, 2}
+    parameters = {n: p for n, p in model.named_parameters() if n.rpartition(".")[2] not in model.dynamics}
+    assert {p.ndim for p in parameters.values()} <= {1, 2}
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert linear == {n for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")}
+    assert linear == {n for n, p in parameters.items() if p.ndim == 2 and n.startswith("blocks.")}
     assert not list(model.buffers())
 
 
@@ -404,9 +452,9 @@ def test_bf16_autocast_stays_near_fp32(variant: str, packed: bool) -> None:
     model, one = build(variant, torch.float32, gain=2.0), tokens(2, 40)
     segments = (torch.arange(40) // 15).expand(2, 40) if packed else None
     with torch.no_grad():
-        exact = model(batch(one, segments_BS=segments))
+        exact = model(batch(one, any_attention(variant), segments_BS=segments))
         with torch.autocast("cpu", torch.bfloat16):
-            rough = model(batch(one, segments_BS=segments))
+            rough = model(batch(one, any_attention(variant), segments_BS=segments))
     assert rough.dtype == torch.float32
     assert (rough - exact).norm() / exact.norm() < 0.03
 
@@ -427,7 +475,10 @@ def test_compiled_equals_eager(variant: str) -> None:
 
 def test_traces_without_graph_breaks_and_once_for_any_count_of_targets(variant: str) -> None:
     torch._dynamo.reset()
-    model, one = build(variant, torch.float32), batch(tokens(2, 16), segments_BS=(torch.arange(16) // 6).expand(2, 16).int())
+    model, one = (
+        build(variant, torch.float32),
+        batch(tokens(2, 16), any_attention(variant), segments_BS=(torch.arange(16) // 6).expand(2, 16).int()),
+    )
     graphs = []
 
     def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:

@@ -31,12 +31,22 @@ def _own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Replaces the train command by one that records what it is given."""
+    """Replaces the train command, and the process of a sweep's cell, by ones that record what they are given."""
+    from heads_lightning.composition import from_yaml
+    from heads_lightning.sweeps import supervisor
+    from heads_lightning.sweeps.ledger import Ledger, State
+
     calls = []
+
+    def run_cell(sweep_dir, identity, *, warm, fail_fast):
+        ledger = Ledger(sweep_dir)
+        calls.append((from_yaml(ledger.config_file(identity)), sweep_dir / ledger[identity].folder))
+        ledger.record(identity, State.done)
+
+    monkeypatch.setattr(supervisor, "run_cell", run_cell)
     module = types.ModuleType("heads_lightning.commands.train")
     module.__spec__ = importlib.machinery.ModuleSpec("heads_lightning.commands.train", None)
     module.run = lambda config, run_dir: calls.append((config, run_dir)) or float(config.seed)  # pyright: ignore[reportAttributeAccessIssue]
-    module.close_sweep = lambda error: None  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "heads_lightning.commands.train", module)
     return calls
 
@@ -104,6 +114,18 @@ MISTAKES = {
     "train --cfg job objective=mln": "objective=mln does not exist. Did you mean objective=mlm?",
     "train --cfg job objective.rat=1": "objective.rat does not exist. Did you mean objective.rate?",
     "train -m objective=mlm,mln": "objective=mln does not exist. Did you mean objective=mlm?",
+    "train sweep.fail_fast=true": "`sweep.fail_fast=true` is for a sweep, and this is one run; add -m",
+    "train -m seed=1,2 hydra/sweeper=basic": "hydra/sweeper=basic would train cells in one process",
+    "train -m optimizer.learning_rate=interval(1e-4,1e-2)": "is no list of values; write A,B,C, or let hydra/sweeper=optuna choose",
+    "train -m name=a,b": "two cells are the same experiment: name=a and name=b",
+    "train -m seed=1,2 sweep.zip=[seed+name]": "sweep.zip=seed+name: name is not given several values",
+    "train -m seed=1,2 sweep.zip=[seed]": "sweep.zip=[seed] pairs nothing",
+    "train -m seed=1,2 sweep.filter=['seed>5']": "leaves none of the 2 cells",
+    "train -m seed=1,2 sweep.filter=['sed>5']": "names sed, which is no setting of the cell. Did you mean 'seed'?",
+    "train -m seed=1,2 sweep.trials=0": "sweep.trials=0 is out of range; use 1 or more",
+    "train sweep.resume=/nowhere": "/nowhere is not the folder of a sweep",
+    "runs run_root=nowhere": "run_root=nowhere is not a folder",
+    "compare nowhere": "is no run folder and no MLflow run id",
     "train -m seed=1,x": "`seed=x` is not allowed: seed takes a whole number",
     "train head.tie_embeddings=true head.dtype=bfloat16": "head.tie_embeddings=true shares the backbone's float32 embedding",
     "train data.sequence_length=5": "data.sequence_length=5 is too short for objective=fim",
@@ -170,7 +192,7 @@ def test_a_recipe_for_another_option_names_the_file_and_the_option(capsys, tmp_p
     assert err.startswith("heads-lightning: In experiment/rates.yaml: objective.spm_rate belongs to objective=fim")
 
 
-@pytest.mark.parametrize("more", [[], ["-m", "seed=1,2"]])
+@pytest.mark.parametrize("more", [[], ["-m", "seed=1,2", "tracking=none"]])
 def test_a_primary_file_of_the_users_is_checked_and_run(more, capsys, tmp_path, trained):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "study.yaml").write_text("defaults: [train, override /objective: mlm, _self_]\nname: mine\n")
@@ -213,7 +235,7 @@ def test_train_runs_in_its_own_folder_without_hydras_files(capsys, tmp_path, tra
 
 
 def test_a_sweep_runs_every_cell_in_one_folder(capsys, tmp_path, trained):
-    code, _, err = answer(capsys, "train", "-m", "objective=causal,fim", "head.loss_implementation=default,chunked")
+    code, _, err = answer(capsys, "train", "-m", "objective=causal,fim", "head.loss_implementation=default,chunked", "tracking=none")
     assert code == 0
     assert [(c.objective.name, str(c.head.loss_implementation)) for c, _ in trained] == [
         ("causal", "default"), ("causal", "chunked"), ("fim", "default"), ("fim", "chunked"),

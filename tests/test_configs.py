@@ -25,6 +25,11 @@ NEEDED = {
     "data=huggingface": ["data.path=folder"],
     "objective=multi_token": ["head.steps_ahead=3"],
     "data=tokens": ["tokenizer=byte"],
+    "backbone=huggingface": ["backbone.source=some/model"],
+    **{
+        f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
+        for size in ("tiny", *(f"large_{2**n}" for n in (7, 9, 10, 12)))
+    },
 }
 """Overrides without which an option is not complete."""
 
@@ -37,6 +42,8 @@ def fitting(option: str) -> list[str]:
     group, name = option.split("=")
     chosen = {group: name}
     cls = group_options(group)[name]
+    if group == "backbone" and isinstance(cls, Path):  # a size of an option
+        cls = backbones[yaml.safe_load(cls.read_text())["defaults"][0]]
     if isinstance(cls, type):
         if group == "objective":
             chosen["head"] = next(n for n, c in Registry.groups["head"].items() if c.predicts == cls.predicts)
@@ -44,7 +51,8 @@ def fitting(option: str) -> list[str]:
         elif group == "head":
             chosen["objective"] = next(n for n, c in objectives.items() if c.predicts == cls.predicts)
         elif group == "backbone":
-            chosen["objective"] = next(n for n, c in objectives.items() if c.attention in cls.supports)
+            given = cls().attention_supported()
+            chosen["objective"] = next(n for n, c in objectives.items() if ({c.attention} | c.other_attention) & given)
     return [f"{g}={n}" for g, n in chosen.items()] + NEEDED.get(option, [])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import IGNORE, Attention, Batch
-from heads_lightning.configs.backbone import NGPTConfig, Position, TransformerConfig
+from heads_lightning.configs.backbone import BiGSBackboneConfig, Direction, NGPTConfig, Position, TransformerConfig
 from heads_lightning.generation import generate, infill, score
 
 VOCAB = 37
@@ -48,6 +48,7 @@ MODELS = {
     "rotary": TransformerConfig(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2),
     "learned": TransformerConfig(d_model=32, num_layers=2, num_heads=4, position=Position.learned, max_positions=64, dropout=0.3),
     "ngpt": NGPTConfig(d_model=32, num_layers=2, num_heads=4),
+    "bigs": BiGSBackboneConfig(d_model=32, num_layers=2, direction=Direction.causal, dropout=0.3),
 }
 
 

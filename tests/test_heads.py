@@ -51,7 +51,7 @@ def logits_by_hand(head: LMHead, x: Tensor) -> Tensor:
     if isinstance(head, MLMHead):
         x = F.rms_norm(F.gelu(F.linear(x, p["dense.weight"], p["dense.bias"])), (D,), p["norm.weight"], 1e-5)
     logits = x @ p["w_out.weight"].t()
-    logits = p["sz"] * math.sqrt(D) * logits if isinstance(head, NormalizedLMHead) else logits + p["w_out.bias"]
+    logits = p["sz"] * math.sqrt(D) * logits if isinstance(head, NormalizedLMHead) else logits + p.get("w_out.bias", 0.0)
     cap = head.config.logit_softcap
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -29,7 +29,7 @@ class TestMaskedDiffusion:
         assert np.array_equal(examples.tokens_BS == MASK, hidden)
         assert np.array_equal(examples.labels_BS[hidden], raw[hidden])
         assert not (hidden & vocabulary().special_V[raw]).any()
-        assert np.array_equal(examples.counted_B, (~vocabulary().special_V[raw]).sum(axis=1))
+        assert np.array_equal(examples.counts_B, (~vocabulary().special_V[raw]).sum(axis=1))
 
     @pytest.mark.parametrize("start", [0, 12345])
     def test_times_of_any_run_of_samples_are_spread_evenly(self, start):
@@ -47,12 +47,12 @@ class TestMaskedDiffusion:
         tokens = np.full((20_000, 64), 900, np.uint16)
         _, examples = diffuse(20_000, tokens=tokens)
         total = examples.weights_BS[examples.labels_BS != IGNORE].sum(dtype=np.float64)
-        assert abs(total / examples.counted_B.sum() - 1) < 0.01
+        assert abs(total / examples.counts_B.sum() - 1) < 0.01
 
     def test_a_batch_divides_by_the_tokens_counted(self):
         _, examples = diffuse(8)
         batch = Batch.from_examples(examples, MaskedDiffusionConfig.attention)
-        assert batch.counted == batch.step_targets == examples.counted_B.sum()
+        assert batch.counted == batch.step_targets == examples.counts_B.sum()
         assert batch.num_targets == (examples.labels_BS != IGNORE).sum()
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from objective_data import vocabulary, windows
 
 from heads_lightning.batch import IGNORE, PADDING
-from heads_lightning.configs.objective import EncoderDecoderSpanCorruptionConfig, PrefixLMConfig, SpanCorruptionConfig, SpanEdges
+from heads_lightning.configs.objective import Form, PrefixLMConfig, SpanCorruptionConfig, SpanEdges
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.objectives.span_corruption import _compositions, restore
 from heads_lightning.registry import ConfigError
@@ -31,7 +31,7 @@ class TestSpanCorruption:
     )
     def test_lengths_of_seqio(self, rate, mean, inputs, raw, targets):
         """At a rate of exactly 0.5 seqio takes one token off (766, 512), so that the target is not longer than the input; here not."""
-        objective = EncoderDecoderSpanCorruptionConfig(rate=rate, mean_length=mean, edges=SpanEdges.seqio).build(
+        objective = SpanCorruptionConfig(form=Form.encoder_decoder, rate=rate, mean_length=mean, edges=SpanEdges.seqio).build(
             dataclasses.replace(vocabulary(), sentinels=tuple(range(7, 207)))
         )
         assert objective.window(inputs).length == raw
@@ -41,7 +41,8 @@ class TestSpanCorruption:
     @given(st.floats(0.02, 0.9), st.floats(1, 20), st.integers(6, 90), st.sampled_from(list(SpanEdges)), st.booleans())
     def test_every_example_gives_back_its_window(self, rate, mean, length, edges, encoder_decoder):
         v = vocabulary()
-        config = (EncoderDecoderSpanCorruptionConfig if encoder_decoder else SpanCorruptionConfig)(rate=rate, mean_length=mean, edges=edges)
+        form = Form.encoder_decoder if encoder_decoder else Form.decoder_only
+        config = SpanCorruptionConfig(form=form, rate=rate, mean_length=mean, edges=edges)
         objective = config.build(v)
         raw, examples = make(objective, length, range(20))
         hidden, spans = objective.counts(raw.shape[1])
@@ -69,7 +70,7 @@ class TestSpanCorruption:
     def test_statistics(self, edges):
         """seqio: the first token is never hidden, the last always. uniform: each token equally often."""
         v = vocabulary()
-        objective = EncoderDecoderSpanCorruptionConfig(edges=edges).build(v)
+        objective = SpanCorruptionConfig(form=Form.encoder_decoder, edges=edges).build(v)
         count = 6000
         length = objective.window(64).length
         raw = np.tile(np.arange(200, 200 + length), (count, 1))
@@ -89,6 +90,17 @@ class TestSpanCorruption:
         assert len(kinds) == 6  # 4 over 2
         assert (parts.sum(axis=1) == 5).all()
         assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+
+    def test_the_encoder_may_go_without_an_end(self):
+        given, plain = (SpanCorruptionConfig(form=Form.encoder_decoder, encoder_end=end).build(vocabulary()) for end in (True, False))
+        assert (given.lengths(100)[0], given.lengths(100)[1]) == (plain.lengths(100)[0] + 1, plain.lengths(100)[1])
+        raw, examples = make(plain, 64, range(10))
+        for b in range(10):
+            source = examples.encoder_tokens_BT[b][examples.encoder_segments_BT[b] != PADDING]
+            target = examples.labels_BS[b][examples.labels_BS[b] != IGNORE]
+            assert np.array_equal(restore(source, target[:-1], vocabulary()), raw[b])
+        with pytest.raises(ConfigError, match="needs an encoder"):
+            SpanCorruptionConfig(form=Form.decoder_only, encoder_end=False)
 
     def test_refusals(self):
         v = vocabulary()
@@ -117,6 +129,27 @@ class TestPrefixLM:
         assert abs(np.mean(shares) - 0.5) < 0.06
         assert min(shares) < 0.05
         assert max(shares) > 0.95
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(4, 200), st.floats(0, 1), st.integers(0, 500), st.integers(2, 60))
+    def test_encoder_decoder_gives_back_every_piece(self, length, low, first, every):
+        """Prefix and rest of each document, in the same segment of the encoder and the decoder."""
+        objective = PrefixLMConfig(form=Form.encoder_decoder, prefix_min=low).build(vocabulary())
+        raw = windows(objective, length, [first])
+        raw[:, 1::every] = EOD  # many short documents
+        examples, pieces = (
+            o.examples(raw, SampleRandom(0, 0, np.array([first])), length) for o in (objective, PrefixLMConfig().build(vocabulary()))
+        )
+        assert set(np.unique(examples.segments_BS)) - {PADDING} == set(np.unique(pieces.segments_BS))
+        for number in range(pieces.segments_BS.max() + 1):
+            piece = np.flatnonzero(pieces.segments_BS[0] == number)
+            prefix = examples.encoder_tokens_BT[0][examples.encoder_segments_BT[0] == number]
+            where = np.flatnonzero(examples.segments_BS[0] == number)
+            read, labels = examples.tokens_BS[0][where], examples.labels_BS[0][where]
+            assert 1 <= len(prefix) <= len(piece)
+            assert np.array_equal([*prefix, *labels], raw[0][piece[0] : piece[-1] + 2])
+            assert read[0] == PAD
+            assert np.array_equal(read[1:], labels[:-1])
 
     def test_bounds(self):
         _, examples = make(PrefixLMConfig(prefix_min=0.25, prefix_max=0.5).build(vocabulary()), 256, range(100))

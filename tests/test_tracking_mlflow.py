@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pwd
 import signal
 import socket
 import subprocess
@@ -199,10 +200,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A real tracking server in a process group of its own, so that its workers die with it."""
+def server(folder: Path, port: int, backend: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A real tracking server on the database `backend`, in a process group of its own, so that its workers die with it."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "served")]
+    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "served")]
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with open(folder / "server.log", "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
@@ -237,14 +238,56 @@ def log_steps(log: RunLog, first: int, last: int) -> float:
     return longest
 
 
-def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@contextmanager
+def database(kind: str, folder: Path) -> Iterator[str]:
+    """Address of a fresh database: a file, or a PostgreSQL of its own on loopback."""
+    if kind == "sqlite":
+        yield f"sqlite:///{folder}/server.db"
+        return
+    pytest.importorskip("psycopg")
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.skip("PostgreSQL is not installed")
+    data, port = folder / "postgresql", free_port()
+    data.mkdir()
+    owner = _postgres_owner(data)
+    subprocess.run([*owner, programs[-1] / "initdb", "-D", data, "-A", "trust", "-U", "tests"], check=True, capture_output=True)
+    options = ["-p", str(port), "-k", data, "-c", "listen_addresses=127.0.0.1"]
+    process = subprocess.Popen([*owner, programs[-1] / "postgres", "-D", data, *options], stderr=subprocess.DEVNULL)
+    try:
+        ready = [programs[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        wait_for(lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0)
+        yield f"postgresql+psycopg://tests@127.0.0.1:{port}/postgres"
+    finally:
+        process.send_signal(signal.SIGINT)  # its fast shutdown
+        process.wait(timeout=60)
+
+
+def _postgres_owner(data: Path) -> list[str]:
+    """Command that gives up root, as which PostgreSQL refuses to run; its folder is made reachable."""
+    if os.getuid() != 0:
+        return []
+    user = pwd.getpwnam("postgres")
+    os.chown(data, user.pw_uid, user.pw_gid)
+    for parent in data.parents:  # pytest's folders are for their owner alone
+        if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
+            parent.chmod(parent.stat().st_mode | 0o711)
+    return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with database(kind, tmp_path) as backend:
+        check_a_server_that_dies(backend, tmp_path, caplog)
+
+
+def check_a_server_that_dies(backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="heads_lightning")
     port = free_port()
-    store = resolve_store(MLflowConfig(uri=f"sqlite:///{tmp_path}/server.db"), tmp_path)
-    connect(store)  # the tables, from the template
+    connect(resolve_store(MLflowConfig(uri=backend), tmp_path))  # the tables; of SQLite from the template
     config = MLflowConfig(uri=f"http://127.0.0.1:{port}", flush_seconds=0.2, system_metrics=False)
     with open_tracked(tmp_path, config=config) as log:
-        with server(tmp_path, port) as process:
+        with server(tmp_path, port, backend) as process:
             log_steps(log, 1, 100)
             assert log.wait_for_run_id(60)
             wait_for(lambda: sent_all(log))
@@ -255,7 +298,7 @@ def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(tmp_path: Path,
                 log.flush()
                 time.sleep(0.05)
             wait_for(lambda: "does not take data" in caplog.text)
-        with server(tmp_path, port):
+        with server(tmp_path, port, backend):
             log_steps(log, 401, 500)
             wait_for(lambda: "answers again" in caplog.text)
             wait_for(lambda: sent_all(log))
@@ -263,7 +306,7 @@ def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(tmp_path: Path,
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(warnings) == 1, warnings
     assert [point.step for point in read_metrics(log.run_dir)] == list(range(1, 501))
-    client = connect(Store(uri=f"sqlite:///{tmp_path}/server.db", artifacts=None))
+    client = connect(Store(uri=backend, artifacts=None))
     run = runs(client)["run"]
     assert run.info.status == "FINISHED"
     assert steps(client, run.info.run_id) == list(range(1, 501))
@@ -285,3 +328,47 @@ def test_sixteen_first_openers(tmp_path: Path) -> None:
     assert len(found) == 16
     assert all(steps(client, run.info.run_id) == list(range(1, 201)) for run in found.values())
     assert not any("not in MLflow" in error for error in errors)
+
+
+CHILDREN = """
+import sys
+from pathlib import Path
+from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
+from heads_lightning.training.mlflow_sync import Sender, tell_person
+from heads_lightning.training.mlflow_run import MlflowRun
+from heads_lightning.training.mlflow_store import Store, resolve_store
+from heads_lightning.training.tracking import open_run
+
+root, sweep, first = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+store = resolve_store(MLflowConfig(), root, {})
+for i in range(first, first + 100):
+    # the record of a cell, sent by what its sender process runs: a process for each would only import MLflow two hundred times
+    run = sweep / str(i)
+    with open_run(NoTrackingConfig(), run_dir=run, run_root=root, name=f"cell {i}", config_flat={"seed": str(i)}, config_yaml=f"seed: {i}",
+                  parent=str(sweep)) as log:
+        for step in range(1, 21):
+            log.log_metrics({"loss": i + 1 / step}, step=step)
+    assert Sender(MlflowRun(run, store=store, say=print), parent=None, tell=tell_person).follow(None)
+"""
+
+
+@pytest.mark.slow
+def test_two_hundred_children_of_a_sweep_written_by_two_processes(tmp_path: Path) -> None:
+    """One store, one parent, two writers at once: no run, no value and no parent is lost or there twice."""
+    config = MLflowConfig(flush_seconds=0.5, system_metrics=False)
+    parent = open_parent(config, sweep_dir=tmp_path / "sweep", run_root=tmp_path, name="sweep")
+    line = [sys.executable, "-c", CHILDREN, str(tmp_path), str(tmp_path / "sweep")]
+    processes = [subprocess.Popen([*line, str(first)], stderr=subprocess.PIPE, text=True) for first in (0, 100)]
+    errors = [process.communicate(timeout=280)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    parent.finish()
+    client = client_of(tmp_path)
+    experiment = client.get_experiment_by_name("heads_lightning").experiment_id
+    children = client.search_runs([experiment], f"tags.mlflow.parentRunId = '{parent.run_id}'", max_results=1000)
+    assert sorted(int(run.data.params["seed"]) for run in children) == list(range(200))
+    assert {run.info.status for run in children} == {"FINISHED"}
+    assert len(client.search_runs([experiment], max_results=1000)) == 201
+    for run in children[::20]:
+        history = client.get_metric_history(run.info.run_id, "loss")
+        seed = int(run.data.params["seed"])
+        assert sorted((metric.step, metric.value) for metric in history) == [(step, seed + 1 / step) for step in range(1, 21)]

@@ -25,6 +25,9 @@ class Backbone(nn.Module, ABC):
 
     supports: ClassVar[frozenset[Attention]]
     """Attention kinds that forward understands."""
+    dynamics: ClassVar[tuple[str, ...]] = ()
+    """Own names of parameters that describe a recurrence (A, dt, C, D of a state-space model). Small changes of them change everything
+    after: they are trained at a share of the learning rate (optimizer.dynamics_rate), never decayed, and never handed to Muon."""
     d_model: int
     """Width of the hidden states."""
     embedding: nn.Embedding

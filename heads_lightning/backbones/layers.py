@@ -9,6 +9,7 @@ Choices:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from heads_lightning.configs.base import NormType
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.silu: F.silu,
     Activation.gelu: F.gelu,
+    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
     Activation.relu: F.relu,
     Activation.relu_squared: lambda x: F.relu(x).square(),
 }

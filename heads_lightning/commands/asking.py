@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from heads_lightning.batch import Attention
 from heads_lightning.configs.requests import SamplingRequest
 from heads_lightning.experiment import TrainedModel, load
 from heads_lightning.generation import generate
@@ -40,6 +41,7 @@ def answer(model: TrainedModel, prompt: list[int], request: SamplingRequest, *, 
     if not prompt:
         prompt = [model.tokenizer.vocabulary.end_of_document]
     generator = torch.Generator(device=request.device).manual_seed(request.seed)
+    encodes = model.config.objective.attention == Attention.encoder_decoder
     return generate(
         model.backbone,
         model.head,
@@ -50,4 +52,6 @@ def answer(model: TrainedModel, prompt: list[int], request: SamplingRequest, *, 
         top_k=request.top_k,
         top_p=request.top_p,
         generator=generator,
+        attention=Attention.encoder_decoder if encodes else Attention.causal,
+        decoder_prompts=[[model.tokenizer.vocabulary.padding]] if encodes else None,
     )[0]

@@ -1,4 +1,4 @@
-"""Compare: runs side by side, ranked by one measure of the held-out protocol."""
+"""Compare: runs side by side, ranked by one measure of the held-out protocol; or the cells of one sweep, with its pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ Arguments = CompareRequest
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`heads-lightning compare RUN RUN … [by=MEASURE] [json=true | --json]`."""
+    """`heads-lightning compare (SWEEP | RUN RUN … [by=MEASURE] [json=true | --json])`."""
+    if len(arguments) == 1 and _is_sweep(Path(arguments[0])):
+        from heads_lightning.sweeps.comparison import report
+
+        print(report(Path(arguments[0])))
+        return
     from heads_lightning.comparison import compare, read_run, table_text
 
     settings = ["json=true" if word == "--json" else word for word in arguments if word == "--json" or _is_setting(word)]
@@ -26,6 +31,12 @@ def main(arguments: Sequence[str]) -> None:
     rows = [read_run(folder) for run in runs for folder in [_folder(run, request)]]
     comparison = compare(rows, request.by)
     print(json.dumps(comparison, indent=1) if request.json else table_text(comparison))
+
+
+def _is_sweep(folder: Path) -> bool:
+    from heads_lightning.sweeps.ledger import FILE
+
+    return (folder / FILE).is_file()
 
 
 def _is_setting(word: str) -> bool:

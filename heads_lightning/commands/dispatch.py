@@ -62,10 +62,10 @@ COMMANDS: dict[str, Command] = {
         "schema", "schema --out conf/schema")),
     "convert": Command("convert:main", "checkpoints to and from Hugging Face", "[KEY=VALUE …]", (
         "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
-    "compare": Command("compare:main", "runs side by side", "RUN RUN …", (
-        "compare runs/a runs/b", "compare runs/* --json")),
-    "runs": Command("runs:main", "runs in the run folder", "[run_root=FOLDER]", (
-        "runs", "runs run_root=elsewhere")),
+    "compare": Command("compare:main", "runs side by side, or the cells of a sweep", "RUN RUN … | SWEEP [by=MEASURE] [--json]", (
+        "compare runs/a runs/b by=infill_bits_per_byte", "compare SWEEP")),
+    "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
+        "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip
 
 

@@ -17,10 +17,10 @@ Arguments = EvaluateRequest
 def main(arguments: Sequence[str]) -> None:
     """`heads-lightning evaluate checkpoint=RUN [infill_lines=N] [save=true] [problems=FILE [execute=true]] [json=true]`."""
     request, _ = read(EvaluateRequest, arguments)
-    from heads_lightning.data.prepare import prepare
-    from heads_lightning.experiment import load
-    from heads_lightning.scoring import evaluate
-    from heads_lightning.summary import report_text
+    from heads_lightning.data.prepare import PreparedData
+    from heads_lightning.experiment import load, prepare_data
+    from heads_lightning.scoring import evaluate, value_metrics
+    from heads_lightning.summary import report_text, values_text
 
     model = load(request.checkpoint, run_root=request.run_root, device=request.device)
     asked = {k: v for k in ("text_tokens", "infill_lines") if (v := getattr(request, k)) is not None}
@@ -28,7 +28,12 @@ def main(arguments: Sequence[str]) -> None:
     if request.problems is not None:
         _problems(model, request)
         return
-    prepared = prepare(model.config.data, model.config.tokenizer)
+    prepared = prepare_data(model.config)
+    if model.config.objective.predicts == "value":
+        values = value_metrics(model, prepared)
+        print(json.dumps(values) if request.json else values_text(model.config, values))
+        return
+    assert isinstance(prepared, PreparedData)
     outcome = evaluate(model, prepared)
     if request.save:
         (model.checkpoint.parent.parent / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))

@@ -6,7 +6,6 @@ folder exists: a mistake leaves nothing behind.
 """
 
 import importlib
-import itertools
 import os
 import sys
 from argparse import ArgumentParser
@@ -23,8 +22,10 @@ from omegaconf import DictConfig
 
 from heads_lightning.composition import compose, machine_problems, to_experiment
 from heads_lightning.composition.mistakes import check_overrides, explained, nearest_flag, parse
-from heads_lightning.composition.store import conf_dir, prepare_store, version_base
+from heads_lightning.composition.store import SWEEPERS, conf_dir, prepare_store, version_base
 from heads_lightning.registry import ConfigError
+from heads_lightning.sweeps.grid import grid
+from heads_lightning.training.attempts import agreed_name
 
 PROGRAM = "heads-lightning"
 PRIMARY = "train"
@@ -76,6 +77,8 @@ def _job(command: str, tree: DictConfig) -> Any:
     """Call `heads_lightning.commands.COMMAND.run(config, run_dir)` with what Hydra composed."""
     context = HydraConfig.get()
     run_dir = Path(context.runtime.output_dir)
+    if tree.sweep.cell is not None:
+        return _cell(tree, Path(context.sweep.dir))
     try:
         config = to_experiment(tree)
         for problem in machine_problems(config):
@@ -91,10 +94,20 @@ def _job(command: str, tree: DictConfig) -> Any:
             run_dir.rmdir()  # only where nothing was written: a mistake, or a command that has no results of its own
 
 
+def _cell(tree: DictConfig, sweep_dir: Path) -> None:
+    """One cell of a sweep, in the worker of a launcher: it is run from what the sweep wrote, not from `tree`."""
+    from heads_lightning.sweeps.supervisor import run_cell
+
+    with _as_started():
+        run_cell(sweep_dir, tree.sweep.cell, warm=tree.sweep.warm, fail_fast=tree.sweep.fail_fast)
+
+
 def main(command: str, arguments: Sequence[str]) -> None:
     """`heads-lightning COMMAND ARGUMENTS` through Hydra."""
     prepare_store()
     arguments = overrides_last(arguments)
+    if command == "train":
+        arguments = _with_folder(sweep_arguments(arguments))
     flags, overrides = split(arguments)
     with explained(overrides, flags.config_dir):
         if not (flags.shell_completion or flags.hydra_help):
@@ -103,25 +116,59 @@ def main(command: str, arguments: Sequence[str]) -> None:
             check_first(flags, overrides)
         application = hydra.main(config_path=str(conf_dir()), config_name=PRIMARY, **version_base())(TASKS[command])
         try:
-            with hydra_process(arguments), _sweep_closed(command):
+            with hydra_process(arguments):
                 application()
         except Refused as refused:
             raise refused.error from refused
 
 
-@contextmanager
-def _sweep_closed(command: str) -> Iterator[None]:
-    """Tell the command how its sweep ended (only `train` keeps a record of one)."""
-    error: BaseException | None = None
-    try:
-        yield
-    except BaseException as raised:
-        error = raised
-        raise
-    finally:
-        module = sys.modules.get(f"heads_lightning.commands.{command}")
-        if command == "train" and module is not None:
-            module.close_sweep(error)
+def _with_folder(arguments: list[str]) -> list[str]:
+    """The arguments with the run's folder in them, where several processes were started together and must agree on it."""
+    flags, overrides = split(arguments)
+    if flags.multirun or any(override.startswith(("hydra.run.dir=", "resume=")) for override in overrides):
+        return arguments
+    name = agreed_name(os.environ)
+    return arguments if name is None else [*arguments, f"hydra.run.dir=${{run_root}}/${{name}}/{name}"]
+
+
+def sweep_arguments(arguments: list[str]) -> list[str]:
+    """The arguments of `train` with our sweeper in Hydra's place, and with those of an earlier command where one is gone on with.
+
+    Raises:
+        ConfigError: settings of a sweep for a single run.
+    """
+    flags, overrides = split(arguments)
+    given = {override.get_key_element(): override for override in parse([o for o in overrides if o.startswith(("sweep.", "hydra"))])}
+    if "sweep.resume" in given and given["sweep.resume"].value() is not None:
+        return _resumed_sweep(flags, arguments, overrides, given, Path(str(given["sweep.resume"].value())))
+    if not flags.multirun:
+        alone = next((o.input_line for key, o in given.items() if key.startswith("sweep.")), None)
+        if alone is not None:
+            raise ConfigError(f"`{alone}` is for a sweep, and this is one run; add -m, or leave it out")
+        return arguments
+    if "hydra/sweeper" not in given:
+        return [*arguments, "hydra/sweeper=grid"]
+    sweeper = str(given["hydra/sweeper"].value())
+    if sweeper not in SWEEPERS:
+        raise ConfigError(f"hydra/sweeper={sweeper} would train cells in one process, with settings of their own on every rank; "
+                          f"use hydra/sweeper={' or '.join(SWEEPERS)}")  # fmt: skip
+    return arguments
+
+
+def _resumed_sweep(flags: Any, arguments: list[str], overrides: list[str], given: dict[str, Any], folder: Path) -> list[str]:
+    """A sweep's own command again, with what is given now on top. New overrides (not of sweep. or hydra) replace its cells."""
+    from heads_lightning.sweeps import settings
+
+    before = settings.read(folder)
+    replaced = [o for o in overrides if not o.startswith(("sweep.", "hydra"))]
+    kept = [*([] if replaced else before.overrides), *before.hydra]
+    kept = [text for text in kept if parse([text])[0].get_key_element() not in given]
+    more = [f"--config-dir={before.config_dir}"] if before.config_dir and not flags.config_dir else []
+    more += [f"--config-name={before.config_name}"] if before.config_name != PRIMARY and not flags.config_name else []
+    more += [] if flags.multirun else ["-m"]
+    own = [] if any("hydra/sweeper" in text for text in (*kept, *given)) else [f"hydra/sweeper={before.sweeper}"]
+    quoted = folder.resolve().as_posix().replace("'", "\\'")
+    return overrides_last([*more, *arguments, *kept, *own, f"hydra.sweep.dir='{quoted}'"])
 
 
 def overrides_last(arguments: Sequence[str]) -> list[str]:
@@ -152,21 +199,12 @@ def check_first(flags: Any, overrides: list[str]) -> None:
     """Compose and check what is about to run, every cell of a grid; against this machine too where it is the one that will run it."""
     composed = partial(compose, config_dir=flags.config_dir, config_name=flags.config_name or PRIMARY)
     local = not any(override.startswith("hydra/launcher=submitit") for override in overrides)
+    if flags.multirun and any(override.startswith("hydra/sweeper=") and override != "hydra/sweeper=basic" for override in overrides):
+        return  # a sweeper of ours checks its cells before it starts the first one
     for cell in grid(overrides) if flags.multirun else [overrides]:
         config = composed(cell)
         for problem in machine_problems(config) if local else []:
             raise ConfigError(f"{' '.join(cell)}: {problem}" if flags.multirun else problem)
-
-
-def grid(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """The cells of a sweep over lists of values; ranges and intervals (for other sweepers) are left to the sweeper."""
-    axes = []
-    for override in parse(overrides):
-        if not override.is_sweep_override():
-            axes.append([override.input_line])
-        elif override.is_discrete_sweep():
-            axes.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-    return (list(cell) for cell in itertools.product(*axes))
 
 
 class Process(NamedTuple):

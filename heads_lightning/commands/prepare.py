@@ -11,9 +11,9 @@ def run(config: ExperimentConfig, run_dir: Path) -> None:
 
     from rich.console import Console
 
-    from heads_lightning.data.prepare import prepare
     from heads_lightning.data.progress import PreparationProgress
+    from heads_lightning.experiment import prepare_data
 
     with contextlib.closing(PreparationProgress(Console(stderr=True))) as progress:
-        prepared = prepare(config.data, config.tokenizer, progress=progress)
+        prepared = prepare_data(config, progress=progress)
     print(f"{prepared.folder}: {prepared.train.tokens:,} training and {prepared.validation.tokens:,} held-out tokens")

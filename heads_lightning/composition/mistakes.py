@@ -51,7 +51,10 @@ SYNONYMS = {
 }  # fmt: skip
 """What other programs call it."""
 
-LAUNCHERS = {"joblib": "hydra-joblib-launcher", "submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher"}
+LAUNCHERS = {
+    "joblib": "hydra-joblib-launcher", "ray": "hydra-ray-launcher",
+    "submitit_local": "hydra-submitit-launcher", "submitit_slurm": "hydra-submitit-launcher",
+}  # fmt: skip
 """Packages that bring Hydra's launchers."""
 
 

@@ -11,14 +11,18 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from heads_lightning.configs.base import Option
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, Registry, nearest
 
-RUN_ONLY = ("run_root", "name", "resume", "data.cache_dir", "data.prepare_processes", "trainer.progress_bar")
-"""Fields that change where and how a run shows itself, not what it computes: left out of `config_hash`."""
+S = TypeVar("S")
+
+RUN_ONLY = ("run_root", "name", "resume", "data.cache_dir", "data.prepare_processes", "trainer.progress_bar", "tracking")
+"""Fields and sections that change where and how a run shows itself, not what it computes: left out of `config_hash`."""
+NOT_SAVED = ("sweep",)
+"""Sections of the command that started a run, not of the run."""
 
 
 def plain(value: Any) -> Any:
@@ -34,11 +38,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def saved(config: ExperimentConfig) -> dict[str, Any]:
+    """What of an experiment is kept with its run, as nested dicts."""
+    return {key: value for key, value in plain(config).items() if key not in NOT_SAVED}
+
+
 def to_yaml(config: ExperimentConfig) -> str:
     """Plain YAML, readable by `yaml.safe_load` and by `from_yaml`."""
     import yaml
 
-    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(saved(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def from_yaml(source: str | Path) -> ExperimentConfig:
@@ -63,6 +72,11 @@ def from_yaml(source: str | Path) -> ExperimentConfig:
     config = _rebuild(ExperimentConfig, tree, "", where)
     validate(config)
     return config
+
+
+def section_from(cls: type[S], tree: dict[str, Any], where: str) -> S:
+    """A section of an experiment (a dataclass) from its nested dict; `where` says in refusals what was read."""
+    return _rebuild(cls, tree, "", where)
 
 
 @cache
@@ -126,7 +140,7 @@ def _number(value: int | str, path: str, where: str) -> float:
 
 def flatten(config: ExperimentConfig) -> dict[str, str]:
     """Every value as text by its dotted name, e.g. {"head.bias": "null"}: what a tracker stores as parameters."""
-    return {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in leaves(plain(config))}
+    return {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for key, value in leaves(saved(config))}
 
 
 def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -138,5 +152,5 @@ def leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
 
 def config_hash(config: ExperimentConfig) -> str:
     """16 hex digits that are equal for two configs that compute the same thing; RUN_ONLY fields do not count."""
-    values = {key: value for key, value in leaves(plain(config)) if key not in RUN_ONLY}
+    values = {key: value for key, value in leaves(saved(config)) if not f"{key}.".startswith(tuple(f"{name}." for name in RUN_ONLY))}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

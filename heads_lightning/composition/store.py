@@ -12,6 +12,7 @@ from typing import Any, cast, get_args, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigNode, ConfigStore
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from heads_lightning import configs  # noqa: F401  registers the built-in options
@@ -22,6 +23,9 @@ from heads_lightning.registry import ConfigError, Registry, load_plugins
 SHIPPED = {"loss_implementation": LMLossImplementation.auto}
 """Fields that a composed experiment starts with another value than the dataclass: a library call gets what it asks for, a run gets
 the best that the machine has. It lives here and not in conf/train.yaml since not every option of `head` has the field."""
+
+SWEEPERS = ("grid", "optuna")
+"""Our own sweepers (`hydra/sweeper=…`): lists of values multiplied, and cells proposed from those before."""
 
 plugin_origins: dict[str, str] = {}
 """Modules loaded as plugins, and where each was named."""
@@ -57,6 +61,11 @@ def store_options() -> None:
     """Put every option that is registered now into Hydra's store. May be repeated."""
     store = ConfigStore.instance()
     store.store(name="schema", node=ExperimentConfig, provider=ExperimentConfig.__module__)
+    for kind in SWEEPERS:
+        # after Hydra has scanned its plugins: one of them may have an option of this name, too
+        Plugins.instance()
+        node = {"_target_": "hydra_plugins.heads_lightning_sweeps.HeadsSweeper", "kind": kind}
+        store.store(group="hydra/sweeper", name=kind, node=node, provider="heads_lightning")
     for group, registry in Registry.groups.items():
         for name, cls in registry.items():
             _add(store, group, OptionNode(name, cls, group))

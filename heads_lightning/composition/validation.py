@@ -10,12 +10,15 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from heads_lightning.configs.backbone import backbones
 from heads_lightning.configs.base import DType
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMLossImplementation, heads
 from heads_lightning.configs.objective import objectives
+from heads_lightning.configs.t5 import OUTPUTS, STYLES, T5Config, T5LMHeadConfig, T5Position
+from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.registry import ConfigError
 
 FIM_LEAST = 8
@@ -33,21 +36,33 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _attention(config)
     yield from _prediction(config)
     yield from _steps_ahead(config)
+    yield from _values(config)
     yield from _tied(config)
     yield from _vocabulary(config)
     yield from _lengths(config)
+    yield from _presets(config)
     yield from _run(config)
 
 
 def _attention(config: ExperimentConfig) -> Iterator[str]:
     wanted, supported = config.objective.attention, config.backbone.attention_supported()
     if wanted not in supported:
-        able = [f"backbone={name}" for name, cls in backbones.items() if wanted in cls.supports]
-        fitting = [f"objective={name}" for name, cls in objectives.items() if cls.attention in supported]
+        able = [
+            " with ".join(filter(None, (f"backbone={name}", _overrides(cls.fields_for(wanted)))))
+            for name, cls in backbones.items()
+            if wanted in cls.supports
+        ]
+        if here := config.backbone.fields_for(wanted):
+            able = [_overrides(here)]
+        fitting = [f"objective={name}" for name, cls in objectives.items() if ({cls.attention} | cls.other_attention) & supported]
         yield (
             f"objective={config.objective.name} needs {wanted} attention, which backbone={config.backbone.name} does not give "
             f"(it gives {', '.join(sorted(supported)) or 'none'}); use {_either(able)}, or {_either(fitting)}"
         )
+
+
+def _overrides(fields: dict[str, Any]) -> str:
+    return " ".join(f"backbone.{field}={value}" for field, value in fields.items())
 
 
 def _prediction(config: ExperimentConfig) -> Iterator[str]:
@@ -75,12 +90,26 @@ def _steps_ahead(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
+def _values(config: ExperimentConfig) -> Iterator[str]:
+    objective, head = config.objective, config.head
+    if not isinstance(objective, ValueConfig):
+        return
+    if not config.data.has_records and objective.needs_records:
+        yield (
+            f"{objective.needs_records} needs numbers that data={config.data.name} does not hold: use data=jsonl or data=parquet, whose "
+            f"records have them, or objective.target=outcome objective.loss=mse"
+        )
+    if isinstance(head, ValueHeadConfig) and head.lm_weight and (objective.pairwise or objective.bidirectional):
+        kind = "objective.loss=bradley_terry" if objective.pairwise else "objective.bidirectional=true"
+        yield f"head.lm_weight={head.lm_weight} predicts the next token, which has no meaning with {kind}; use head.lm_weight=0"
+
+
 def _either(names: list[str]) -> str:
     return " or ".join(names) or "another part (none of those installed fits)"
 
 
 def _tied(config: ExperimentConfig) -> Iterator[str]:
-    tied, dtype = getattr(config.head, "tie_embeddings", False), getattr(config.head, "dtype", DType.float32)
+    tied, dtype = config.head.is_tied, getattr(config.head, "dtype", DType.float32)
     if tied and dtype != DType.float32:
         yield f"head.tie_embeddings=true shares the backbone's float32 embedding, so head.dtype={dtype} cannot hold; use head.dtype=float32"
 
@@ -111,10 +140,24 @@ def _lengths(config: ExperimentConfig) -> Iterator[str]:
         )
     length = config.data.sequence_length
     positions = getattr(backbone, "max_positions", None)
-    if getattr(backbone, "position", None) == "learned" and positions is not None and positions < length:
+    learned, other = getattr(backbone, "position", None) == "learned", f"backbone.position={backbone.boundless_position}"
+    if isinstance(backbone, T5Config):
+        learned, other = backbone.style.position_embedding_type == T5Position.learned_absolute, "backbone.position_embedding_type=relative"
+    if learned and positions is not None and positions < length:
         yield (
             f"data.sequence_length={length} is longer than backbone.max_positions={positions} learned positions; "
-            f"set backbone.max_positions={length} or backbone.position=rotary"
+            f"set backbone.max_positions={length} or {other}"
+        )
+
+
+def _presets(config: ExperimentConfig) -> Iterator[str]:
+    backbone, head = config.backbone, config.head
+    if not (isinstance(backbone, T5Config) and isinstance(head, T5LMHeadConfig)):
+        return
+    if STYLES[backbone.preset] != STYLES[head.preset] or OUTPUTS[backbone.preset] != OUTPUTS[head.preset]:
+        yield (
+            f"backbone.preset={backbone.preset} and head.preset={head.preset} are of different models; set head.preset={backbone.preset} "
+            f"(each choice of a preset is also a field of its own)"
         )
 
 

@@ -6,12 +6,15 @@ from heads_lightning.configs import (
     evaluation,
     experiment,
     head,
+    huggingface,
     objective,
     optimizer,
     schedule,
+    t5,
     tokenizer,
     tracking,
     trainer,
+    value,
 )
 from heads_lightning.configs.experiment import ExperimentConfig
 
@@ -22,10 +25,13 @@ __all__ = [
     "evaluation",
     "experiment",
     "head",
+    "huggingface",
     "objective",
     "optimizer",
     "schedule",
+    "t5",
     "tokenizer",
     "tracking",
     "trainer",
+    "value",
 ]

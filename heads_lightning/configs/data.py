@@ -29,6 +29,8 @@ class DataConfig(Option):
     group: ClassVar[str] = "data"
     tokenized: ClassVar[bool] = False
     """Its documents are ids already, not text: a tokenizer cannot be trained on them."""
+    has_records: ClassVar[bool] = False
+    """A document is a record that may hold more than its text: objective=value reads numbers from it."""
 
     name: str = ""
     sequence_length: int = 512
@@ -171,6 +173,8 @@ class RepeatConfig(DataConfig):
 class JsonlConfig(DataConfig):
     """Lines of JSON, one document a line, plain or gzipped."""
 
+    has_records: ClassVar[bool] = True
+
     name: str = "jsonl"
     root: str = "."
     """Folder that the patterns are relative to."""
@@ -191,6 +195,8 @@ class JsonlConfig(DataConfig):
 @dataclass
 class ParquetConfig(DataConfig):
     """Parquet files, one document a row. Needs pyarrow (it comes with mlflow)."""
+
+    has_records: ClassVar[bool] = True
 
     name: str = "parquet"
     root: str = "."

@@ -14,6 +14,7 @@ from heads_lightning.configs.head import HeadConfig
 from heads_lightning.configs.objective import ObjectiveConfig
 from heads_lightning.configs.optimizer import OptimizerConfig
 from heads_lightning.configs.schedule import ScheduleConfig
+from heads_lightning.configs.sweep import SweepConfig
 from heads_lightning.configs.tokenizer import TokenizerConfig
 from heads_lightning.configs.tracking import TrackingConfig
 from heads_lightning.configs.trainer import TrainerConfig
@@ -43,6 +44,8 @@ class ExperimentConfig:
     """Where numbers go."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """What is measured at the end."""
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    """Many runs from one command (`-m`); belongs to the command, not to a run, and is not saved with one."""
     name: str = "experiment"
     """Name of the run: part of its folder and of the MLflow run."""
     seed: int = 0
@@ -53,3 +56,8 @@ class ExperimentConfig:
     """Run folder, checkpoint file or MLflow run id to go on from."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything of your own to record with the run; not read by the toolkit."""
+
+    def __post_init__(self) -> None:
+        """The objective takes the form that fits the backbone, so that a saved config says what ran."""
+        if isinstance(self.objective, ObjectiveConfig) and isinstance(self.backbone, BackboneConfig):
+            self.objective = self.objective.fitted(self.backbone.attention_supported())

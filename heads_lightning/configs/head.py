@@ -20,6 +20,7 @@ class LMHeadType(StrEnum):
     default = "default"
     normalized = "normalized"
     mlm = "mlm"
+    t5 = "t5"
 
 
 class LMLossImplementation(StrEnum):
@@ -47,6 +48,11 @@ class HeadConfig(Option):
     predicts: ClassVar[str] = "token"
     """What the head scores: must equal the objective's `predicts`."""
 
+    @property
+    def is_tied(self) -> bool:
+        """True when the projection is the backbone's embedding."""
+        return bool(getattr(self, "tie_embeddings", False))
+
 
 heads: Registry[HeadConfig] = Registry("head", HeadConfig)
 
@@ -64,8 +70,8 @@ class LMHeadConfig(HeadConfig):
     """Type of the head's parameters."""
     loss_implementation: LMLossImplementation = LMLossImplementation.default
     """How the loss is computed."""
-    tie_embeddings: bool = False
-    """Use the backbone's embedding matrix as the projection."""
+    tie_embeddings: bool | None = None
+    """Use the backbone's embedding matrix as the projection. None: the head's own default (only T5 has presets that tie)."""
     z_loss_multiplier: float = 0.0
     """Weight of the squared log-normaliser (PaLM, arXiv 2204.02311, section 5); 0 is off. Typical: 1e-4."""
     label_smoothing: float = 0.0
@@ -106,7 +112,7 @@ class LMHeadConfig(HeadConfig):
 
     def _size(self, d_model: int, vocab_size: int, *, bias: bool) -> int:
         norm = self.layer_norm.num_params(d_model) if self.layer_norm else 0
-        return norm + (0 if self.tie_embeddings else d_model * vocab_size) + (vocab_size if bias else 0)
+        return norm + (0 if self.is_tied else d_model * vocab_size) + (vocab_size if bias else 0)
 
 
 def _member(enum: type[StrEnum], value: Any, where: str) -> Any:
@@ -147,7 +153,7 @@ class DefaultLMHeadConfig(LMHeadConfig):
     @property
     def has_bias(self) -> bool:
         """The bias that the head will have."""
-        return (not self.tie_embeddings) if self.bias is None else self.bias
+        return (not self.is_tied) if self.bias is None else self.bias
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
         return self._size(d_model, vocab_size, bias=self.has_bias) + self.steps_ahead * d_model**2

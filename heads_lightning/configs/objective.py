@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -209,12 +209,45 @@ class MultiTokenConfig(ObjectiveConfig):
         return MultiToken(self, vocabulary)
 
 
-@objectives.register("prefix_lm")
+class Form(StrEnum):
+    """How an objective that has an input and a target shows them to the model."""
+
+    auto = "auto"
+    """As the backbone is. A composed or saved experiment says which of the others that is."""
+    decoder_only = "decoder_only"
+    """One sequence: the input is a prefix that is read from both sides, the target follows."""
+    encoder_decoder = "encoder_decoder"
+    """Two sequences: the encoder reads the input, the decoder writes the target."""
+
+
 @dataclass
-class PrefixLMConfig(ObjectiveConfig):
-    """Prefix language modelling (arXiv 1910.10683, 3.2.3): read the beginning of each document from both sides, predict the rest."""
+class InputTargetConfig(ObjectiveConfig):
+    """Base of objectives that have an input and a target, for decoder-only and encoder-decoder backbones alike."""
 
     attention: ClassVar[Attention] = Attention.prefix
+    other_attention: ClassVar[frozenset[Attention]] = frozenset({Attention.encoder_decoder})
+
+    form: Form = Form.auto
+    """How input and target are shown: `auto` follows the backbone, the others insist."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.form = Form(self.form)
+        if self.form == Form.encoder_decoder:  # of this config, not of the class: what validation compares with the backbone
+            self.attention = Attention.encoder_decoder  # pyright: ignore[reportAttributeAccessIssue]
+
+    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
+        if self.form != Form.auto:
+            return self
+        if Attention.prefix in supported:
+            return replace(self, form=Form.decoder_only)
+        return replace(self, form=Form.encoder_decoder) if Attention.encoder_decoder in supported else self
+
+
+@objectives.register("prefix_lm")
+@dataclass
+class PrefixLMConfig(InputTargetConfig):
+    """Prefix language modelling (arXiv 1910.10683, 3.2.3): read the beginning of each document from both sides, predict the rest."""
 
     name: str = "prefix_lm"
     prefix_min: float = 0.0
@@ -244,10 +277,9 @@ class SpanEdges(StrEnum):
 
 @objectives.register("span_corruption")
 @dataclass
-class SpanCorruptionConfig(ObjectiveConfig):
-    """Span corruption (T5, arXiv 1910.10683): sentinels replace spans of the text; predict what each hides. For decoder-only backbones."""
+class SpanCorruptionConfig(InputTargetConfig):
+    """Span corruption (T5, arXiv 1910.10683): sentinels replace spans of the text; predict what each hides."""
 
-    attention: ClassVar[Attention] = Attention.prefix
     special_tokens: ClassVar[tuple[str, ...]] = ("sentinels",)
 
     name: str = "span_corruption"
@@ -257,9 +289,13 @@ class SpanCorruptionConfig(ObjectiveConfig):
     """Mean tokens of a span."""
     edges: SpanEdges = SpanEdges.uniform
     """How often the tokens at a window's edges are hidden; `seqio` repeats T5's numbers."""
+    encoder_end: bool = True
+    """Close the encoder's input with the end-of-document token, as T5 does and Megatron does not. Encoder-decoder form only."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.encoder_end and self.form == Form.decoder_only:
+            raise ConfigError("objective.encoder_end=false needs an encoder; leave it out or use backbone=t5")
         self.require(0 < self.rate < 1, "rate", "more than 0, less than 1")
         self.require(self.mean_length >= 1, "mean_length", "1 or more")
 
@@ -269,19 +305,11 @@ class SpanCorruptionConfig(ObjectiveConfig):
         return SpanCorruption(self, vocabulary)
 
 
-@dataclass
-class EncoderDecoderSpanCorruptionConfig(SpanCorruptionConfig):
-    """Span corruption for encoder-decoder backbones. Not an option until such a backbone is."""
-
-    attention: ClassVar[Attention] = Attention.encoder_decoder
-
-
 @objectives.register("ul2")
 @dataclass
-class UL2Config(ObjectiveConfig):
+class UL2Config(InputTargetConfig):
     """UL2's mixture of denoisers (arXiv 2205.05131): short spans, prefixes, and long or many spans."""
 
-    attention: ClassVar[Attention] = Attention.prefix
     special_tokens: ClassVar[tuple[str, ...]] = ("sentinels",)
 
     name: str = "ul2"

@@ -22,8 +22,14 @@ class ObjectiveConfig(Option):
     """What a target is: must equal the head's `predicts`."""
     attention: ClassVar[Attention] = Attention.causal
     """Which positions a position may see."""
+    other_attention: ClassVar[frozenset[Attention]] = frozenset()
+    """Attention kinds that it takes on other backbones (see `fitted`)."""
     special_tokens: ClassVar[tuple[str, ...]] = ()
     """Roles of the special tokens that it needs: names of fields of objectives.base.Vocabulary."""
+
+    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
+        """This objective in the form that a backbone with these attention kinds trains with; itself where there is one form alone."""
+        return self
 
     def _require_ramp(self) -> None:
         """`rate_start` and `rate_tokens` describe one schedule: both or neither."""

@@ -46,10 +46,10 @@ class MixtureConfig(ObjectiveConfig):
         configs = self.part_configs()
         if not configs:
             raise ConfigError("objective.parts gives every part the weight 0; give one of them a weight")
-        kinds = {config.attention for config in configs.values()}
+        kinds: set[Attention] = {config.attention for config in configs.values()}
         if kinds == {Attention.causal, Attention.prefix}:
             kinds = {Attention.prefix}  # a causal part has an empty prefix
-        if len(kinds) > 1 or Attention.encoder_decoder in kinds:
+        if len(kinds) > 1:
             each = ", ".join(f"{part} {config.attention}" for part, config in configs.items())
             raise ConfigError(f"objective.parts cannot be mixed in one batch, their attention differs: {each}; leave one kind out")
         modes = [part for part in configs if self.parts[part].get("mode", False)]
@@ -62,6 +62,12 @@ class MixtureConfig(ObjectiveConfig):
         self.special_tokens = tuple(  # pyright: ignore[reportAttributeAccessIssue]
             dict.fromkeys(role for config in configs.values() for role in config.special_tokens)
         )
+
+    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
+        chosen = {part: config.fitted(supported) for part, config in self.part_configs().items()}
+        forms = {part: {"form": form.value} for part, config in chosen.items() if (form := getattr(config, "form", None)) is not None}
+        parts = {part: {**given, **forms.get(part, {})} for part, given in self.parts.items()}
+        return self if parts == self.parts else replace(self, parts=parts)
 
     def part_configs(self) -> dict[str, ObjectiveConfig]:
         """The parts' own configs, validated."""

@@ -20,6 +20,8 @@ class OptimizerConfig(Option):
     """Peak rate; the schedule multiplies it."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices, per step and unit of learning rate."""
+    dynamics_rate: float = 0.1
+    """Share of learning_rate for the parameters of a recurrence (state-space models: A, dt, C, D), which are never decayed."""
     max_grad_norm: float | None = 1.0
     """Clip the norm of the whole gradient to this. None: no clipping."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -31,6 +33,7 @@ class OptimizerConfig(Option):
         super().__post_init__()
         self.require(self.learning_rate > 0, "learning_rate", "more than 0")
         self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
+        self.require(self.dynamics_rate > 0, "dynamics_rate", "more than 0")
         self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "more than 0, or null")
         self.require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers, 0 <= beta < 1")
 

@@ -21,8 +21,9 @@ import torch
 from heads_lightning.batch import Batch
 from heads_lightning.configs.data import Share
 from heads_lightning.data.mixing import MixedStream
+from heads_lightning.data.scored import PreparedRecords, ScoredSplit, ScoredStream
 from heads_lightning.data.shards import PreparedData, Split
-from heads_lightning.data.stream import SampleStream, rows_of, stream_key
+from heads_lightning.data.stream import SampleStream, rows_of, sample_key
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
 
@@ -30,11 +31,14 @@ VALIDATION_SEED = 20_220_728
 """Windows and transforms of validation do not depend on the seed of the experiment: results of different seeds are comparable."""
 
 
+Stream = SampleStream | MixedStream | ScoredStream
+
+
 class Stage(NamedTuple):
     """Optimizer steps in which sequences have one length."""
 
     first_step: int
-    stream: SampleStream | MixedStream
+    stream: Stream
     pieces: int
     """Samples of this stage in place of one of full length: every step reads equally many positions."""
 
@@ -53,7 +57,7 @@ class StepBatches:
 
     def __init__(
         self,
-        stages: SampleStream | MixedStream | Sequence[Stage],
+        stages: Stream | Sequence[Stage],
         objective: Objective,
         *,
         global_batch_size: int,
@@ -66,7 +70,7 @@ class StepBatches:
                 f"trainer.global_batch_size={global_batch_size} sequences cannot be shared evenly by {world_size} devices; "
                 f"use a multiple of {world_size}"
             )
-        self._stages = [Stage(0, stages, 1)] if isinstance(stages, SampleStream | MixedStream) else list(stages)
+        self._stages = [Stage(0, stages, 1)] if isinstance(stages, Stream) else list(stages)
         self._attention = objective.attention
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._share = global_batch_size // world_size
@@ -136,9 +140,7 @@ class ValidationLoader:
         world_size: processes in all.
     """
 
-    def __init__(
-        self, stream: SampleStream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int
-    ) -> None:
+    def __init__(self, stream: Stream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int) -> None:
         self._stream, self._attention, self._micro_batch_size = stream, objective.attention, micro_batch_size
         self._start, self._stop = sequences * rank // world_size, sequences * (rank + 1) // world_size
 
@@ -173,7 +175,7 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def __init__(
         self,
-        prepared: PreparedData,
+        prepared: PreparedData | PreparedRecords,
         objective: Objective,
         *,
         sequence_length: int,
@@ -212,21 +214,21 @@ class TokenDataModule(lightning.LightningDataModule):
             length = self.sequence_length // pieces
             stream = self._train_stream(
                 length,
-                seed=self.seed if pieces == 1 else stream_key("length", self.seed, length) >> 1,
+                seed=self.seed if pieces == 1 else sample_key("length", self.seed, length) >> 1,
                 trained_before=first_step * self.global_batch_size * self.sequence_length,
             )
             stages.append(Stage(first_step, stream, pieces))
         return stages
 
-    def _train_stream(self, length: int, *, seed: int, trained_before: int) -> SampleStream | MixedStream:
+    def _train_stream(self, length: int, *, seed: int, trained_before: int) -> Stream:
         train = self.prepared.train
-        if self._shares is None:
+        if self._shares is None or isinstance(train, ScoredSplit):
             return _stream(train, self.objective, length, seed=seed, shift=True, trained_before=trained_before)
         groups = [
-            _stream(replace(train, name=f"{train.name} ({name})", shards=shards), self.objective, length, seed=group_seed, shift=True)
+            _tokens(replace(train, name=f"{train.name} ({name})", shards=shards), self.objective, length, seed=group_seed, shift=True)
             for name in self._shares
             for shards in [tuple(shard for shard in train.shards if shard.group == name)]
-            for group_seed in [stream_key("group", seed, name) >> 1]
+            for group_seed in [sample_key("group", seed, name) >> 1]
         ]
         mixed = MixedStream(groups, [*self._shares.values()], sequence_length=length, seed=seed, trained_before=trained_before)
         needed = self.total_steps * self.global_batch_size
@@ -320,6 +322,14 @@ class TokenDataModule(lightning.LightningDataModule):
 
 
 def _stream(
+    split: Split | ScoredSplit, objective: Objective, sequence_length: int, *, seed: int, shift: bool, trained_before: int | None = None
+) -> Stream:
+    if isinstance(split, ScoredSplit):
+        return ScoredStream(split, objective, sequence_length=sequence_length, seed=seed)
+    return _tokens(split, objective, sequence_length, seed=seed, shift=shift, trained_before=trained_before)
+
+
+def _tokens(
     split: Split, objective: Objective, sequence_length: int, *, seed: int, shift: bool, trained_before: int | None = None
 ) -> SampleStream:
     stream = SampleStream(split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift, trained_before=trained_before)

@@ -15,7 +15,7 @@ import numpy as np
 
 from heads_lightning.batch import Examples
 from heads_lightning.configs.data import Share
-from heads_lightning.data.stream import SampleStream, concatenate, hash64, stream_key
+from heads_lightning.data.stream import SampleStream, concatenate, hash64, sample_key
 from heads_lightning.registry import RunError
 
 BLOCK = 1024
@@ -103,7 +103,7 @@ class MixedStream:
         phase = next(phase for phase in reversed(self._phases) if block >= phase.first_block)
         quotas = np.array(phase.quotas)
         group = np.repeat(np.arange(len(quotas)), quotas)
-        key = stream_key("mixture", self._seed, block)
+        key = sample_key("mixture", self._seed, block)
         group = group[np.argsort(hash64(np.uint64(key) + np.arange(len(group), dtype=np.uint64)), kind="stable")]
         number = np.empty(len(group), np.int64)
         for k, quota in enumerate(phase.quotas):

@@ -1,4 +1,4 @@
-"""Sources whose files hold many documents: lines of JSON, rows of Parquet.
+"""Sources whose files hold many records: lines of JSON, rows of Parquet. A record is a document, by one of its fields, or more.
 
 A document is named by its file and its place in it (byte or row), so that the split does not depend on what else is read. Files are cut
 into parts without reading them: lines belong to the part in which they begin, rows to their row group.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,6 +16,24 @@ from typing import Any, NamedTuple
 from heads_lightning.configs.data import JsonlConfig, ParquetConfig
 from heads_lightning.data.sources import Document, File, Source, listing_fingerprint, matching_files, part_bytes, root_folder
 from heads_lightning.registry import ConfigError
+
+
+class Record(NamedTuple):
+    """A record, or the reason why there is none."""
+
+    name: str
+    """The same on every machine; decides the split."""
+    fields: dict[str, Any]
+    problem: str = ""
+    """Why the record cannot be used; its fields are then empty."""
+
+
+class RecordSource(Source):
+    """Interface of sources of records."""
+
+    @abstractmethod
+    def records(self, part: Any, columns: list[str] | None = None) -> Iterator[Record]:
+        """The records of one part, in order: of Parquet the columns named that a file has, None for all."""
 
 
 class Lines(NamedTuple):
@@ -26,7 +45,7 @@ class Lines(NamedTuple):
     """None: to the end (a compressed file cannot be entered in the middle)."""
 
 
-class Jsonl(Source):
+class Jsonl(RecordSource):
     """Lines of JSON, one document a line.
 
     Args:
@@ -55,6 +74,9 @@ class Jsonl(Source):
         return parts
 
     def read(self, part: Lines) -> Iterator[Document]:
+        return (_document(record, self._config.text_field) for record in self.records(part))
+
+    def records(self, part: Lines, columns: list[str] | None = None) -> Iterator[Record]:
         position = part.start
         try:
             with (gzip.open if part.file.endswith(".gz") else open)(self.root / part.file, "rb") as file:
@@ -65,19 +87,10 @@ class Jsonl(Source):
                     if part.stop is not None and position >= part.stop:
                         return
                     if line.strip():
-                        yield self._document(f"{part.file}:{position}", line)
+                        yield _record(f"{part.file}:{position}", line)
                     position += len(line)
         except (OSError, EOFError) as error:
-            yield Document(f"{part.file}:{position}", "", f"unreadable: {error}")
-
-    def _document(self, name: str, line: bytes) -> Document:
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError:
-            return Document(name, "", "not UTF-8")
-        except ValueError:
-            return Document(name, "", "not JSON")
-        return _with_text(name, record.get(self._config.text_field) if isinstance(record, dict) else None, self._config.text_field)
+            yield Record(f"{part.file}:{position}", {}, f"unreadable: {error}")
 
     def facts(self) -> dict[str, Any]:
         return {"files": len(self._listing)}
@@ -91,7 +104,7 @@ class Rows(NamedTuple):
     first_row: int
 
 
-class Parquet(Source):
+class Parquet(RecordSource):
     """Rows of Parquet files, one document a row.
 
     Args:
@@ -122,26 +135,42 @@ class Parquet(Source):
 
     def read(self, part: Rows) -> Iterator[Document]:
         field = self._config.text_field
-        column = self._open(part.file).read_row_group(part.group, columns=[field]).column(field)
-        for row, value in enumerate(column, start=part.first_row):
-            yield _with_text(f"{part.file}:{row}", value.as_py(), field)
+        columns = self._open(part.file).schema_arrow.names
+        if field not in columns:
+            raise ConfigError(f"data.text_field={field} is no column of {part.file}; it has {', '.join(columns)}")
+        return (_document(record, field) for record in self.records(part, [field]))
+
+    def records(self, part: Rows, columns: list[str] | None = None) -> Iterator[Record]:
+        opened = self._open(part.file)
+        there = [name for name in opened.schema_arrow.names if columns is None or name in columns]
+        for row, fields in enumerate(opened.read_row_group(part.group, columns=there).to_pylist(), start=part.first_row):
+            yield Record(f"{part.file}:{row}", fields)
 
     def facts(self) -> dict[str, Any]:
         return {"files": len(self._listing)}
 
     def _open(self, name: str) -> Any:
         try:
-            opened = self._parquet.ParquetFile(self.root / name)
+            return self._parquet.ParquetFile(self.root / name)
         except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
             raise ConfigError(f"{self.root / name} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-        columns = opened.schema_arrow.names
-        if self._config.text_field not in columns:
-            raise ConfigError(f"data.text_field={self._config.text_field} is no column of {name}; it has {', '.join(columns)}")
-        return opened
 
 
-def _with_text(name: str, text: Any, field: str) -> Document:
-    return Document(name, text) if isinstance(text, str) else Document(name, "", f"no text under {field!r}")
+def _record(name: str, line: bytes) -> Record:
+    try:
+        fields = json.loads(line)
+    except UnicodeDecodeError:
+        return Record(name, {}, "not UTF-8")
+    except ValueError:
+        return Record(name, {}, "not JSON")
+    return Record(name, fields if isinstance(fields, dict) else {})
+
+
+def _document(record: Record, field: str) -> Document:
+    text = record.fields.get(field)
+    if isinstance(text, str):
+        return Document(record.name, text)
+    return Document(record.name, "", record.problem or f"no text under {field!r}")
 
 
 def _pyarrow_parquet() -> Any:

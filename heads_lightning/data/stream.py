@@ -61,7 +61,7 @@ def hash64(x: np.ndarray | np.uint64) -> np.ndarray:
         return x ^ (x >> np.uint64(33))
 
 
-def stream_key(*numbers: int | str) -> int:
+def sample_key(*numbers: int | str) -> int:
     """64 bits that depend on every number; no two uses of randomness share a key, because each starts with its own word."""
     key = 0
     for number in numbers:
@@ -141,7 +141,7 @@ class SampleStream:
         cached = self._block
         if cached[:2] != (epoch, block):
             places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.windows))
-            cached = self._block = epoch, block, permute(places, self.windows, stream_key("order", self._seed, epoch))
+            cached = self._block = epoch, block, permute(places, self.windows, sample_key("order", self._seed, epoch))
         return cached[2]
 
     def _of_epoch(self, epoch: int, indices_B: np.ndarray, trained: np.ndarray | None) -> Examples:
@@ -175,7 +175,7 @@ class SampleStream:
             return 0
         windows = int(self._first_window[shard + 1] - self._first_window[shard])
         room = stream_tokens - self._window.length - (windows - 1) * self._window.stride
-        return stream_key("phase", self._seed, epoch, shard) % (room + 1)
+        return sample_key("phase", self._seed, epoch, shard) % (room + 1)
 
     def _stream(self, epoch: int, shard: int) -> np.ndarray:
         tokens = self._shards[shard].tokens
@@ -185,7 +185,7 @@ class SampleStream:
         """The shard as this epoch sees it. Kept for two epochs, because a step may straddle them: as much memory as twice the data."""
         key = (epoch, shard)
         if key not in self._rewritten:
-            rewritten = self._objective.rewrite(tokens, stream_key("rewrite", self._seed, shard) >> 1, epoch)
+            rewritten = self._objective.rewrite(tokens, sample_key("rewrite", self._seed, shard) >> 1, epoch)
             assert len(rewritten) >= len(tokens), "a rewritten stream must not be shorter"
             self._rewritten[key] = rewritten.astype(tokens.dtype)
             for old in [k for k in self._rewritten if abs(k[0] - epoch) > 1]:

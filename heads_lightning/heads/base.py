@@ -8,12 +8,12 @@ the weights; a sum is divided once, by what the caller says.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple, final
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from heads_lightning.batch import IGNORE
+from heads_lightning.batch import IGNORE, Batch
 from heads_lightning.heads.positions import Positions, keep_positions
 from heads_lightning.losses import LossOptions, LossSum, Projection, loss_module
 from heads_lightning.losses.base import project
@@ -33,8 +33,37 @@ if TYPE_CHECKING:
     from heads_lightning.configs.head import LMHeadConfig, LMLossImplementation
 
 
+class HeadLoss(NamedTuple):
+    """What a head makes of a micro-batch: what training minimises, and what is reported."""
+
+    loss: Tensor
+    """With a divisor: the summed loss over it, a scalar that carries the gradient. Without: [B, S], each target's own loss, as validation
+    sums it (cross-entropy without its z part); 0 where there is no target."""
+    sums: dict[str, Tensor]
+    """Detached sums by name, undivided: `loss`, and whatever else is worth a curve. Reported as train/NAME, divided by the targets."""
+    statistics: Tensor | None = None
+    """[num_statistics], without a divisor: sums that add up over batches and ranks; Head.metrics reads their total."""
+
+
 class Head(nn.Module, ABC):
     """Interface of every head, over a vocabulary or not."""
+
+    num_statistics: ClassVar[int] = 0
+    """Numbers in HeadLoss.statistics."""
+
+    @abstractmethod
+    def loss(self, hidden_BSD: Tensor, batch: Batch, *, divisor: float | None) -> HeadLoss:
+        """The loss of a micro-batch: all that training and validation ask of a head.
+
+        Args:
+            hidden_BSD: [B, S, D], from the backbone.
+            batch: the targets.
+            divisor: divides the sum, once: the targets of the whole optimizer step. None: losses stay apart, for validation.
+        """
+
+    def metrics(self, statistics: list[float]) -> dict[str, float]:
+        """What validation reports beside the loss, from the sum of all statistics."""
+        return {}
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -115,6 +144,22 @@ class LMHead(Head):
     @abstractmethod
     def num_matmul_params(self) -> int:
         """Parameters that multiply every position, a tied projection included."""
+
+    @final
+    def loss(self, hidden_BSD: Tensor, batch: Batch, *, divisor: float | None) -> HeadLoss:
+        output = self(
+            hidden_BSD,
+            labels=batch.labels_BS,
+            weights=batch.weights_BS,
+            loss_reduction="none" if divisor is None else "sum",
+            loss_div_factor=divisor,
+            return_logits=False,
+            num_targets=batch.num_targets,
+        )
+        if divisor is None:
+            return HeadLoss(output.ce_loss, {})
+        parts = {"loss": output.ce_loss, "z_loss": output.z_loss}
+        return HeadLoss(output.loss, {name: part * divisor for name, part in parts.items() if part is not None})
 
     @final
     def num_flops_per_token(self, seq_len: int = 0, *, target_share: float = 1.0) -> float:

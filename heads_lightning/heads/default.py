@@ -52,7 +52,7 @@ class DefaultLMHead(LMHead):
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Use the weight of `embedding` as the projection."""
-        if not self.config.tie_embeddings:
+        if not self.config.is_tied:
             raise ValueError("a head is tied only with head.tie_embeddings=true")
         self.w_out.tie(embedding)
 

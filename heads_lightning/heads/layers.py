@@ -56,10 +56,10 @@ class TiedLinear(nn.Linear):
     """
 
     def __init__(self, config: LMHeadConfig, d_model: int, vocab_size: int, *, bias: bool, device: Device, dtype: torch.dtype) -> None:
-        super().__init__(d_model, 1 if config.tie_embeddings else vocab_size, bias=False, device=device, dtype=dtype)
+        super().__init__(d_model, 1 if config.is_tied else vocab_size, bias=False, device=device, dtype=dtype)
         self.out_features = vocab_size
         self._embedding: tuple[nn.Embedding, ...] = ()  # in a tuple, so that it is not registered as a child
-        if config.tie_embeddings:
+        if config.is_tied:
             self.register_parameter("weight", None)
         if bias:
             self.bias = nn.Parameter(torch.empty(vocab_size, device=device, dtype=dtype))

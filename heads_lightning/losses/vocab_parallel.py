@@ -225,6 +225,20 @@ def default_sharded(
     assert shard is not None
     hidden_ND = _SumGradients.apply(hidden_ND, shard.group)
     logits_NV = project(hidden_ND, projection._replace(num_classes=columns, shard=None))
+    return logits_loss_sharded(logits_NV, projection, labels_N, options, weights_N, counted_N)
+
+
+def logits_loss_sharded(
+    logits_NV: Tensor,
+    projection: Projection,
+    labels_N: Tensor,
+    options: LossOptions,
+    weights_N: Tensor | None,
+    counted_N: Tensor | None,
+) -> LossSum:
+    """The loss of this rank's columns of the logits. Of `projection` only the shard and the number of classes count."""
+    shard, columns = projection.shard, projection.own_classes
+    assert shard is not None
     logits_NV = logits_NV.to(loss_dtype(logits_NV.dtype))
     own = OwnLabels(labels_N, shard, columns)
     c_V = None if options.class_weights_V is None else options.class_weights_V.to(logits_NV.dtype)

@@ -175,13 +175,17 @@ class Objective(ABC):
     """Steps beyond the next token that are predicted too. Labels, weights and parts are then [B, (1 + steps_ahead)·S]: a block of S for
     each step, the next token's first."""
     counts_apart: bool = False
-    """True: the loss is a mean over Examples.counted_B, with weights_BS, and not over its targets."""
+    """True: the loss is a mean over Examples.counts_B, with weights_BS, and not over its targets."""
     rewrites_stream: bool = False
     """True: `rewrite` changes the stream before windows are cut (document-level transforms, kept for comparison)."""
 
     @abstractmethod
     def window(self, sequence_length: int) -> Window:
         """Raw tokens that fill `sequence_length` positions."""
+
+    def decoder_length(self, sequence_length: int) -> int:
+        """Positions of Examples.tokens_BS. For an encoder-decoder `sequence_length` is the encoder's, and the decoder's may be another."""
+        return sequence_length
 
     @abstractmethod
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:

@@ -1,7 +1,7 @@
 """Masked diffusion in continuous time (MDLM, arXiv 2406.07524, eq. 10; LLaDA, arXiv 2502.09992, eq. 3).
 
 Each row draws a time t in (0, 1]; each of its tokens is replaced by the mask token with probability t; the hidden ones are predicted from
-both sides with weight 1/t. The mean over *all* tokens that could have been hidden (`Examples.counted_B`) bounds the nats per token of the
+both sides with weight 1/t. The mean over *all* tokens that could have been hidden (`Examples.counts_B`) bounds the nats per token of the
 text from above, so it is comparable with a left-to-right loss.
 
 Choices:
@@ -48,5 +48,5 @@ class MaskedDiffusion(Objective):
             labels_BS=np.where(hidden_BS, tokens_BS, IGNORE),
             segments_BS=document_segments(tokens_BS, self.vocabulary.end_of_document),
             weights_BS=np.broadcast_to(1 / time_B1, tokens_BS.shape).astype(np.float32),
-            counted_B=ordinary_BS.sum(axis=1),
+            counts_B=ordinary_BS.sum(axis=1),
         )

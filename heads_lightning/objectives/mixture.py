@@ -6,7 +6,8 @@ Choices:
   sees some tokens of the next window too.
 - The mode of a part is a token that opens each of its pieces: in place of the end-of-document marker where the piece has one, in front
   where it begins inside a document. It is read, never predicted. Mode tokens are the last of the tokenizer's sentinels.
-- Parts must agree on attention. Causal parts fit beside prefix parts: their prefix is empty.
+- Parts must agree on attention. Causal parts fit beside prefix parts: their prefix is empty. The decoder of an encoder-decoder is as long
+  as its longest part's; the others are padded.
 """
 
 from __future__ import annotations
@@ -71,16 +72,7 @@ class Mixture(Objective):
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
         chosen_B = self._choose(rng)
-        shape = (len(tokens_BR), sequence_length)
-        out = Examples(
-            tokens_BS=np.zeros(shape, np.int64),
-            labels_BS=np.zeros(shape, np.int64),
-            segments_BS=np.zeros(shape, np.int32),
-            prefix_BS=np.zeros(shape, bool) if self.attention is Attention.prefix else None,
-            weights_BS=np.ones(shape, np.float32) if self._counts else None,
-            part_BS=np.zeros(shape, np.int8),
-            counted_B=np.zeros(len(tokens_BR), np.int64) if self._counts else None,
-        )
+        out = self._blank(len(tokens_BR), sequence_length)
         for number, part in enumerate(self.components):
             which = np.flatnonzero(chosen_B == number)
             if len(which):
@@ -92,15 +84,33 @@ class Mixture(Objective):
                 self._put(out, which, made, int(self._first_part[number]))
         return out
 
+    def decoder_length(self, sequence_length: int) -> int:
+        return max(part.objective.decoder_length(sequence_length) for part in self.components)
+
+    def _blank(self, rows: int, sequence_length: int) -> Examples:
+        """Examples of padding."""
+        shape, encodes = (rows, self.decoder_length(sequence_length)), self.attention is Attention.encoder_decoder
+        return Examples(
+            tokens_BS=np.full(shape, self.vocabulary.padding, np.int64),
+            labels_BS=np.full(shape, IGNORE, np.int64),
+            segments_BS=np.full(shape, PADDING if encodes else 0, np.int32),
+            prefix_BS=np.zeros(shape, bool) if self.attention is Attention.prefix else None,
+            encoder_tokens_BT=np.full((rows, sequence_length), self.vocabulary.padding, np.int64) if encodes else None,
+            encoder_segments_BT=np.full((rows, sequence_length), PADDING, np.int32) if encodes else None,
+            weights_BS=np.ones(shape, np.float32) if self._counts else None,
+            part_BS=np.zeros(shape, np.int8),
+            counts_B=np.zeros(rows, np.int64) if self._counts else None,
+        )
+
     def _put(self, out: Examples, rows: np.ndarray, made: Examples, first_part: int) -> None:
         for name, array in made._asdict().items():
             target = getattr(out, name)
             if array is not None and target is not None:
-                target[rows] = array
+                target[(rows, slice(array.shape[1])) if array.ndim == 2 else rows] = array
         assert out.part_BS is not None
         out.part_BS[rows] += np.int8(first_part)
-        if out.counted_B is not None and made.counted_B is None:
-            out.counted_B[rows] = (made.labels_BS != IGNORE).sum(axis=1)
+        if out.counts_B is not None and made.counts_B is None:
+            out.counts_B[rows] = (made.labels_BS != IGNORE).sum(axis=1)
 
 
 def open_with(made: Examples, mode: int, vocabulary: Vocabulary) -> Examples:

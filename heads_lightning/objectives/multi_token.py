@@ -48,5 +48,5 @@ class MultiToken(Objective):
             segments_BS=segments_BS,
             weights_BS=np.tile(np.where(step_of == 0, 1.0, self.config.weight).astype(np.float32), (rows, 1)),
             part_BS=np.tile(step_of.astype(np.int8), (rows, 1)),
-            counted_B=np.full(rows, sequence_length),
+            counts_B=np.full(rows, sequence_length),
         )

@@ -38,7 +38,7 @@ class SpanCorruption(Objective):
     def __init__(self, config: SpanCorruptionConfig, vocabulary: Vocabulary) -> None:
         self.config = config
         self.vocabulary = vocabulary
-        self.attention = config.attention  # pyright: ignore[reportAttributeAccessIssue]  # the one objective that has two
+        self.attention = config.attention  # pyright: ignore[reportAttributeAccessIssue]  # of this form
         self._windows: dict[int, Window] = {}
         self._spare = int(config.edges is SpanEdges.uniform)
         if not vocabulary.sentinels:
@@ -50,10 +50,10 @@ class SpanCorruption(Objective):
         return hidden, max(1, min(round(hidden / self.config.mean_length), hidden, num_tokens - hidden))
 
     def lengths(self, num_tokens: int) -> tuple[int, int]:
-        """Positions of the input and of the target, EOD included in each."""
+        """Positions of the input and of the target, EOD included in each (in the input: by option)."""
         hidden, spans = self.counts(num_tokens)
         sentinels = spans + self._spare
-        return num_tokens - hidden + sentinels + 1, hidden + sentinels + 1
+        return num_tokens - hidden + sentinels + int(self.config.encoder_end), hidden + sentinels + 1
 
     def _fits(self, num_tokens: int, sequence_length: int) -> bool:
         source, target = self.lengths(num_tokens)
@@ -78,6 +78,11 @@ class SpanCorruption(Objective):
                 f"{len(self.vocabulary.sentinels)}; set tokenizer.num_sentinels={spans} or a larger objective.mean_length"
             )
         return Window(stride=num_tokens, length=num_tokens)
+
+    def decoder_length(self, sequence_length: int) -> int:
+        if self.attention is not Attention.encoder_decoder:
+            return sequence_length
+        return self.lengths(self.window(sequence_length).length)[1]
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
         spans = self._draw_spans(tokens_BR.shape[1], rng)
@@ -145,7 +150,8 @@ class SpanCorruption(Objective):
     def _encoder_decoder(self, tokens_BR: np.ndarray, spans: _Spans, width: int) -> Examples:
         source, target = self._ranges(spans, tokens_BR.shape[1])
         end = target[0][:, -1:]
-        source = np.concatenate([source[0], end], axis=1), np.concatenate([source[1], np.ones_like(end)], axis=1)
+        closed = np.full_like(end, self.config.encoder_end)
+        source = np.concatenate([source[0], end], axis=1), np.concatenate([source[1], closed], axis=1)
         encoder_BT, source_B = self._fill(tokens_BR, source, width)
         target_BS, target_B = self._fill(tokens_BR, target, self.lengths(tokens_BR.shape[1])[1])
         start = np.full((len(target_BS), 1), self.vocabulary.padding)

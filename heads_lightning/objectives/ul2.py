@@ -1,4 +1,4 @@
-"""UL2's mixture of denoisers (arXiv 2205.05131, 3.1) for decoder-only backbones: short spans (R), prefixes (S), long or many spans (X).
+"""UL2's mixture of denoisers (arXiv 2205.05131, 3.1): short spans (R), prefixes (S), long or many spans (X).
 
 R hides 15 % in spans of 3 or 8 tokens; X 50 % in spans of 3 or 8, and 15 % or 50 % in spans of 64; S predicts the end of each document, a
 quarter of it on average. The denoisers of a kind share its weight. There are no mode tokens.
@@ -6,7 +6,6 @@ quarter of it on average. The denoisers of a kind share its weight. There are no
 
 from __future__ import annotations
 
-from heads_lightning.batch import Attention
 from heads_lightning.configs.objective import PrefixLMConfig, SpanCorruptionConfig, UL2Config
 from heads_lightning.objectives.base import Ramp, Vocabulary
 from heads_lightning.objectives.mixture import Mixture, Part
@@ -22,8 +21,8 @@ def ul2(config: UL2Config, vocabulary: Vocabulary) -> Mixture:
     parts = []
     for kind, weight in (("r", config.r_weight), ("x", config.x_weight)):
         for mean, rate in _SPANS[kind]:
-            spans = SpanCorruption(SpanCorruptionConfig(rate=rate, mean_length=mean, edges=config.edges), vocabulary)
+            spans = SpanCorruption(SpanCorruptionConfig(form=config.form, rate=rate, mean_length=mean, edges=config.edges), vocabulary)
             share = weight / len(_SPANS[kind])
             parts.append(Part(f"{kind}_{mean}_{round(100 * rate)}", Ramp(share, share), spans))
-    parts.append(Part("s", Ramp(config.s_weight, config.s_weight), PrefixLM(PrefixLMConfig(prefix_min=0.5), vocabulary)))
-    return Mixture([part for part in parts if part.weight.largest > 0], Attention.prefix, vocabulary)
+    parts.append(Part("s", Ramp(config.s_weight, config.s_weight), PrefixLM(PrefixLMConfig(form=config.form, prefix_min=0.5), vocabulary)))
+    return Mixture([part for part in parts if part.weight.largest > 0], config.attention, vocabulary)

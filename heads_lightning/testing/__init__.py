@@ -7,7 +7,8 @@ written out in fp64; every search for a leak has a control that must find someth
 
 from heads_lightning.testing.backbones import check_backbone
 from heads_lightning.testing.heads import check_head
+from heads_lightning.testing.leaks import check_leaks
 from heads_lightning.testing.losses import check_loss
 from heads_lightning.testing.objectives import byte_vocabulary, check_objective, text_stream
 
-__all__ = ["byte_vocabulary", "check_backbone", "check_head", "check_loss", "check_objective", "text_stream"]
+__all__ = ["byte_vocabulary", "check_backbone", "check_head", "check_leaks", "check_loss", "check_objective", "text_stream"]

@@ -40,7 +40,7 @@ def check_head(config: LMHeadConfig, *, d_model: int = 16, vocab_size: int = 53,
 
 def _model(config: LMHeadConfig, d_model: int, vocab_size: int, device: str = "cpu") -> Any:
     """{head}, and {embedding} where they are tied."""
-    embedding = nn.Embedding(vocab_size, d_model, device=device) if config.tie_embeddings else None
+    embedding = nn.Embedding(vocab_size, d_model, device=device) if config.is_tied else None
     head = config.build(d_model=d_model, vocab_size=vocab_size, init_device=device, embedding=embedding)
     return nn.ModuleDict({"head": head} if embedding is None else {"head": head, "embedding": embedding})
 

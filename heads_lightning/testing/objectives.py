@@ -46,7 +46,8 @@ def check_objective(config: ObjectiveConfig, *, vocabulary: Vocabulary | None = 
     count = min(24, (len(stream) - window.length) // window.stride)
     _check_shapes(objective, make_examples(objective, stream, sequence_length, range(count)), vocabulary, sequence_length)
     _check_purity(objective, stream, sequence_length, count)
-    _check_nothing_to_predict_can_be_read(objective, vocabulary, sequence_length)
+    if config.predicts == "token":  # the label of a value is the token after it, which nobody is to predict
+        _check_nothing_to_predict_can_be_read(objective, vocabulary, sequence_length)
 
 
 def _check_roles(config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
@@ -62,23 +63,17 @@ def _check_roles(config: ObjectiveConfig, vocabulary: Vocabulary) -> None:
 
 def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, sequence_length: int) -> None:
     rows = len(made.tokens_BS)
-    kinds = {
-        "tokens": np.int64,
-        "labels": np.int64,
-        "segments": np.int32,
-        "weights": np.float32,
-        "prefix": bool,
-        "part": np.int8,
-        "counted": np.int64,
-    }
+    kinds = {"tokens": np.int64, "labels": np.int64, "segments": np.int32, "weights": np.float32, "prefix": bool, "part": np.int8}
+    kinds |= {"values": np.float32, "old_values": np.float32, "counts": np.int64}
     for name, array in made._asdict().items():
         if array is not None:
             kind = kinds[name.removeprefix("encoder_").rsplit("_", 1)[0]]
             assert array.dtype == kind, f"{name} is {array.dtype}, not {np.dtype(kind)}"
             assert array.flags["C_CONTIGUOUS"], f"{name} is not contiguous: use np.ascontiguousarray"
             blocks = 1 + objective.steps_ahead if name in ("labels_BS", "weights_BS", "part_BS") else 1
-            shape = (rows,) if name == "counted_B" else (rows, blocks * sequence_length)
+            shape = (rows,) if name.endswith("_B") else (rows, blocks * objective.decoder_length(sequence_length))
             assert name.startswith("encoder_") or array.shape == shape, f"{name} is {array.shape}"
+            assert np.isfinite(array).all(), f"{name} has numbers that are not finite"
     assert (made.prefix_BS is not None) == (objective.attention == Attention.prefix), (
         "prefix_BS belongs to attention=prefix, and only there"
     )
@@ -86,7 +81,7 @@ def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, 
     assert (made.encoder_tokens_BT is not None) == encodes, "encoder_tokens_BT belongs to attention=encoder_decoder, and only there"
     targets = made.labels_BS != IGNORE
     assert targets.any(), "nothing is to be predicted"
-    assert (made.counted_B is not None) == objective.counts_apart, "counted_B belongs to counts_apart=True, and only there"
+    assert (made.counts_B is not None) == objective.counts_apart, "counts_B belongs to counts_apart=True, and only there"
     for name, ids in (("tokens_BS", made.tokens_BS), ("labels_BS", made.labels_BS[targets])):
         assert ((ids >= 0) & (ids < vocabulary.size)).all(), f"{name} has ids outside 0..{vocabulary.size - 1}"
     for role in (vocabulary.padding, vocabulary.mask):
@@ -127,7 +122,7 @@ def _check_nothing_to_predict_can_be_read(objective: Objective, vocabulary: Voca
     assert len(different) > objective.window(sequence_length).length, f"sequence_length={sequence_length} is too long for this vocabulary"
     made = make_examples(objective, np.tile(np.array(different, np.uint32), 60), sequence_length, range(32))
     segments = np.zeros_like(made.tokens_BS) if made.segments_BS is None else made.segments_BS
-    index, readable, targets = np.arange(sequence_length), 0, 0
+    index, readable, targets = np.arange(made.tokens_BS.shape[1]), 0, 0
     for b, column in zip(*np.nonzero(made.labels_BS != IGNORE), strict=True):
         if vocabulary.special_V[made.labels_BS[b, column]]:
             continue

@@ -28,6 +28,7 @@ from heads_lightning.training.checkpoints import (
     restore_random_state,
     saved_checkpoints,
 )
+from heads_lightning.training.process import STOP_SIGNALS
 
 
 class Interrupted(SystemExit):
@@ -131,16 +132,17 @@ class MetricsCallback(Callback):
     def _values(self, trainer: lightning.Trainer, module: LanguageModule) -> dict[str, float]:
         totals = module.totals
         summed = totals.read()
-        sums = [summed.get("loss", 0.0), summed.get("z_loss", 0.0), float(totals.targets)]
+        names = sorted(summed.keys() - {"grad_norm"})
+        sums = [float(totals.targets), *(summed[name] for name in names)]
         if trainer.world_size > 1:
             shared = torch.tensor(sums, dtype=torch.float64, device=module.device)
             torch.distributed.all_reduce(shared)
             sums = shared.tolist()
         seconds = time.perf_counter() - self._since
         self.seconds_in_steps += seconds
-        targets = max(sums[2], 1.0)
-        values = {
-            "train/loss": sums[0] / targets,
+        targets = max(sums[0], 1.0)
+        values = {f"train/{name}": value / targets for name, value in zip(names, sums[1:], strict=True)}
+        return values | {
             "train/grad_norm": summed.get("grad_norm", 0.0) / max(totals.steps, 1),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/target_share": targets / max(totals.steps * self.tokens_per_step, 1),
@@ -148,11 +150,8 @@ class MetricsCallback(Callback):
             "data/padding_share": totals.padding / max(totals.positions, 1),
             "speed/tokens_per_second": totals.steps * self.tokens_per_step / max(seconds, 1e-9),
             "speed/data_wait_share": (self.waited_seconds() - self._waited) / max(seconds, 1e-9),
+            **{f"data/{name}": float(count) for name, count in self.counters().items()},
         }
-        values |= {f"data/{name}": float(count) for name, count in self.counters().items()}
-        if "z_loss" in summed:
-            values["train/z_loss"] = sums[1] / targets
-        return values
 
 
 class ProgressCallback(Callback):
@@ -249,7 +248,7 @@ class CheckpointCallback(Callback):
         state = getattr(self, "_random_state", None)
         if state is not None:
             restore_random_state(state)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOP_SIGNALS:
             try:
                 self._previous[number] = signal.signal(number, self._on_signal)
             except ValueError:  # only the main thread may; elsewhere the owner of the main thread handles signals

@@ -2,7 +2,7 @@
 
 Weight decay acts on matrices of blocks and on an untied output projection; norms, biases, scales and embeddings are not decayed. Muon
 takes the blocks' matrices; everything else goes to AdamW in the same optimizer object, so that Lightning, checkpoints and schedules
-see one optimizer.
+see one optimizer. Parameters of a recurrence (Backbone.dynamics) go to AdamW at a rate of their own, undecayed, whatever their shape.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from heads_lightning.registry import ConfigError
 
 
 def parameter_kinds(backbone: Backbone, head: Head) -> dict[str, list[nn.Parameter]]:
-    """Every trainable parameter once: `matrices` (of the backbone), `projection` (of the head), `rest`."""
+    """Every trainable parameter once: `matrices` (of the backbone), `projection` (of the head), `dynamics` (Backbone.dynamics), `rest`."""
     embedding = backbone.embedding.weight
-    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "projection": [], "rest": []}
+    kinds: dict[str, list[nn.Parameter]] = {"matrices": [], "projection": [], "dynamics": [], "rest": []}
     tables = {id(m.weight) for m in backbone.modules() if isinstance(m, nn.Embedding)} | {id(embedding)}
     seen: set[int] = set()
     for owner, module in (("matrices", backbone), ("projection", head)):
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             if not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
+            is_dynamics = module is backbone and name.rpartition(".")[2] in backbone.dynamics
             is_matrix = parameter.ndim >= 2 and id(parameter) not in tables
-            kinds[owner if is_matrix else "rest"].append(parameter)
+            kinds["dynamics" if is_dynamics else owner if is_matrix else "rest"].append(parameter)
     return kinds
 
 
@@ -46,8 +47,13 @@ def build_optimizer(config: OptimizerConfig, backbone: Backbone, head: Head) -> 
     return optimizer
 
 
-def _groups(*groups: tuple[Iterable[nn.Parameter], float]) -> list[dict[str, Any]]:
-    made = [{"params": list(parameters), "weight_decay": decay} for parameters, decay in groups]
+def _groups(config: OptimizerConfig, kinds: dict[str, list[nn.Parameter]], decayed: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """AdamW's groups: what is decayed, the rest, the parameters of a recurrence; none is empty."""
+    made: list[dict[str, Any]] = [
+        {"params": list(decayed), "weight_decay": config.weight_decay},
+        {"params": kinds["rest"], "weight_decay": 0.0},
+        {"params": kinds["dynamics"], "weight_decay": 0.0, "lr": config.learning_rate * config.dynamics_rate},
+    ]
     return [group for group in made if group["params"]]
 
 
@@ -57,8 +63,7 @@ def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim
 
 def adamw(config: AdamWConfig, kinds: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
     """AdamW over all parameters."""
-    decayed = kinds["matrices"] + kinds["projection"]
-    return _adamw(config, _groups((decayed, config.weight_decay), (kinds["rest"], 0.0)))
+    return _adamw(config, _groups(config, kinds, kinds["matrices"] + kinds["projection"]))
 
 
 def muon(config: MuonConfig, kinds: dict[str, list[nn.Parameter]]) -> torch.optim.Optimizer:
@@ -77,7 +82,7 @@ def muon(config: MuonConfig, kinds: dict[str, list[nn.Parameter]]) -> torch.opti
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    groups = _groups((other, config.weight_decay), (kinds["rest"], 0.0))
+    groups = _groups(config, kinds, other)
     if groups:
         parts.append(_adamw(config, groups))
     return CombinedOptimizer(parts)

@@ -1,11 +1,18 @@
 """What this process is in its job (the first rank or another one), and what its ending says about the run."""
 
 import os
+import signal
 from collections.abc import Mapping
 from typing import Literal
 
 Status = Literal["FINISHED", "FAILED", "KILLED", "SCHEDULED"]
 """How a run ended. SCHEDULED: it was handed back to a scheduler that will start it again, and is not over."""
+
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Signals that ask training to save and stop."""
+REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Those by which a scheduler says that it will stop the job and start it again."""
 
 
 def is_first_rank(environment: Mapping[str, str] = os.environ) -> bool:
@@ -33,5 +40,7 @@ def status_of(error: BaseException | None) -> Status:
     if isinstance(error, SystemExit):
         code = error.code or 0
         # 128 + the number of the signal, the way a shell reports it
+        if isinstance(code, int) and code - 128 in REQUEUE_SIGNALS:
+            return "SCHEDULED"
         return "FINISHED" if code == 0 else "KILLED" if isinstance(code, int) and 128 < code < 160 else "FAILED"
     return "FAILED"

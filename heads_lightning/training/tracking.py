@@ -14,6 +14,7 @@ Nothing here imports MLflow, Lightning or torch.
 import hashlib
 import json
 import os
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -303,7 +304,7 @@ def open_run(
     if before and not resume:
         raise ConfigError(f"{run_dir} holds a run already; go on with it by resume={run_dir}, or choose another name")
     log = FolderRunLog(run_dir, store=store, resume=resume)
-    log.record("open", name=name, parent=parent, **_copy_settings(tracking, store))
+    log.record("open", name=name, parent=parent, pid=os.getpid(), host=socket.gethostname(), **_copy_settings(tracking, store))
     _record_config(log, config_flat, config_yaml, before)
     if isinstance(tracking, MLflowConfig) and tracking.tags:
         log.set_tags(tracking.tags)

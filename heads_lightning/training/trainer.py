@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from heads_lightning.configs.trainer import Parallel, TrainerConfig
@@ -45,6 +46,11 @@ def _strategy(config: TrainerConfig) -> Any:
     return "auto"
 
 
+def _cluster() -> list[Any]:
+    """SLURM's environment without Lightning's own requeueing, which saves inside a signal handler and begins a second run."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
 def build_trainer(config: TrainerConfig, *, precision: str, callbacks: list[Callback], logger: Any) -> lightning.Trainer:
     """The Trainer. `precision` is a concrete one (resolve_precision)."""
     return lightning.Trainer(
@@ -60,7 +66,7 @@ def build_trainer(config: TrainerConfig, *, precision: str, callbacks: list[Call
         num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=logger,
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *_cluster()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -1,0 +1,74 @@
+"""All ranks of a job run one experiment in one folder: what a launcher could get wrong is seen before the first step.
+
+A launcher that lets every process parse the command line for itself can train each rank with other settings, without an error: in a
+sweep, or where a default depends on the clock or on the machine. So the resolved config is hashed on every rank and gathered.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from heads_lightning.configs.trainer import TrainerConfig
+from heads_lightning.registry import RunError
+from heads_lightning.training.trainer import resolve_precision
+
+PRECISION_VARIABLE = "HEADS_LIGHTNING_PRECISION"
+"""Environment variable that hands the first rank's `trainer.precision=auto` down to the ranks that Lightning starts from it."""
+
+
+def settled_precision(trainer: TrainerConfig) -> str:
+    """The precision that `auto` means here; it is measured, so one rank measures for those that it starts."""
+    if trainer.precision != "auto":
+        return trainer.precision
+    handed_down = os.environ.get(PRECISION_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+    precision = handed_down or resolve_precision("auto", trainer.accelerator)
+    os.environ[PRECISION_VARIABLE] = precision
+    return precision
+
+
+class SameConfig(Callback):
+    """Compares the resolved config and the run folder of all ranks once, before training.
+
+    Args:
+        config_yaml: the resolved config, as it is saved.
+        run_dir: folder of the run.
+    """
+
+    def __init__(self, config_yaml: str, run_dir: Path) -> None:
+        self._lines = [*config_yaml.splitlines(), f"run folder: {run_dir.resolve()}"]
+
+    @override
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Compare.
+
+        Raises:
+            RunError: on every rank, where any two differ.
+        """
+        if trainer.world_size == 1 or stage != "fit":
+            return
+        hashes = _gathered(hashlib.sha256("\n".join(self._lines).encode()).hexdigest(), trainer.world_size)
+        if len(set(hashes)) > 1:
+            other = next(rank for rank, found in enumerate(hashes) if found != hashes[0])
+            texts = _gathered(self._lines, trainer.world_size)
+            raise RunError(_difference(texts[0], texts[other], other))
+
+
+def _gathered(value: Any, world_size: int) -> list[Any]:
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def _difference(first: list[str], other: list[str], rank: int) -> str:
+    lines = [(a.strip(), b.strip()) for a, b in zip(first, other, strict=False) if a != b] or [("", "")]
+    shown = "; ".join(f"{a!r} and {b!r}" for a, b in lines[:3])
+    return (
+        f"rank 0 and rank {rank} were started with different configurations ({shown}): nothing was trained. "
+        f"Give every setting on the command line a fixed value, or start the ranks from one saved config"
+    )

@@ -1,0 +1,375 @@
+"""Language models of transformers with a value head: the classes that TRL had until 1.12, kept.
+
+The wrapped model runs its own forward, unchanged, so logits and loss are its own to the bit. A hook on its decoder keeps the last hidden
+state while it passes, and the value head reads that: no list of all hidden states, nothing that breaks a compiled graph.
+
+Choices. State dicts have the layout of the saved files: the model's own keys, then `v_head.…`; loading accepts it at any depth. Files are
+safetensors. What is missing, unknown or contradictory is an error with a name; a checkpoint without a value head says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from heads_lightning.heads.value import ValueHead
+
+__all__ = [
+    "AutoModelForCausalLMWithValueHead",
+    "AutoModelForSeq2SeqLMWithValueHead",
+    "ValueHead",
+    "create_reference_model",
+]
+
+log = logging.getLogger(__name__)
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+"""Beside an adapter, which has no file of weights of the model. (The name that LLaMA-Factory gave it.)"""
+PREFIX, WRAPPED = "v_head.", "pretrained_model."
+
+
+class _LastState:
+    """A forward hook that keeps the last hidden state where it is waited for. An object, so that a copied model has a hook of its own."""
+
+    def __init__(self) -> None:
+        self.waiting = False
+        self.hidden_BSD: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.waiting:
+            self.hidden_BSD = output[0]
+
+    def wait(self) -> None:
+        """Keep what passes from now on: a model that is used by itself leaves nothing in memory."""
+        self.waiting = True
+
+    def take(self) -> Tensor:
+        """The state that passed."""
+        hidden_BSD, self.hidden_BSD, self.waiting = self.hidden_BSD, None, False
+        if hidden_BSD is None:
+            raise RuntimeError("the model ran without its decoder (get_decoder()): the value head has nothing to read")
+        return hidden_BSD
+
+
+class PreTrainedModelWithValueHead(nn.Module):
+    """What both wrappers share. Attributes that it lacks are the wrapped model's (config, device, get_input_embeddings, …).
+
+    Args:
+        pretrained_model: a model of transformers with a head over the vocabulary, or a PeftModel around one.
+        summary_dropout_prob: dropout before the value, in training alone; 0.1 unless said here or in the model's config. None: none.
+        v_head_initializer_range: standard deviation of v_head_init_strategy="normal".
+        v_head_init_strategy: None (torch.nn.Linear's own) or "normal" (and bias 0).
+
+    Raises:
+        ValueError: the model has no head over a vocabulary, is partly off its devices, or is prompt-tuned; an argument does not exist.
+    """
+
+    transformers_parent_class: ClassVar[Any]
+    """Opens names and folders."""
+    supported_args: ClassVar[tuple[str, ...]] = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+    """Arguments of the value head; the others of from_pretrained are the wrapped model's."""
+    lm_head_namings: ClassVar[list[str]] = ["lm_head", "embed_out", "output_projection"]
+    """Kept for programs that read it. A head is recognised by get_output_embeddings(), whatever its name."""
+
+    def __init__(self, pretrained_model: Any, **kwargs: Any) -> None:
+        super().__init__()
+        unknown = kwargs.keys() - set(self.supported_args)
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))} is no argument of {type(self).__name__}; it has {', '.join(self.supported_args)}"
+            )
+        _check_wrappable(pretrained_model)
+        base = _unwrapped(pretrained_model)
+        self.pretrained_model = pretrained_model
+        self.v_head = ValueHead(base.config, **kwargs).to(base.get_output_embeddings().weight.device)
+        self._last_state = _LastState()
+        _decoder(base).register_forward_hook(self._last_state)
+        self._register_load_state_dict_pre_hook(_nest_keys)
+        self.train(base.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "pretrained_model":  # not built yet: a copy or an unpickling asks before it is there
+                raise
+            return getattr(self.pretrained_model, name)
+
+    @property
+    def is_peft_model(self) -> bool:
+        """The wrapped model is a PeftModel."""
+        return not isinstance(self.pretrained_model, PreTrainedModel)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        return_past_key_values: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Logits, loss and values.
+
+        Args:
+            input_ids: int64 [B, T].
+            past_key_values: cache of the positions before.
+            attention_mask: [B, T], 0 at padding.
+            return_past_key_values: also return the cache.
+            kwargs: of the wrapped model (labels, decoder_input_ids, …). With logits_to_keep=1 the logits are those of the last position
+                alone and the values all there: a critic needs no more. return_dict is accepted and has no influence.
+
+        Returns:
+            (logits fp32 [B, T, V], loss or None, value fp32 [B, T]), then the cache where it was asked for. T is the decoder's length in
+            encoder-decoder models.
+        """
+        kwargs["return_dict"] = True
+        kwargs.setdefault("use_cache", return_past_key_values or past_key_values is not None)
+        given = {"input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
+        self._last_state.wait()
+        output = self.pretrained_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
+        hidden_BSD = self._last_state.take()
+        value_BS1 = self.v_head(hidden_BSD.to(self.v_head.summary.weight.device))
+        found = (output.logits.float(), output.loss, value_BS1.squeeze(-1))
+        return (*found, output.past_key_values) if return_past_key_values else found
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's generate."""
+        return self.pretrained_model.generate(*args, **kwargs)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The model's own keys, then `v_head.…`: as the files have them. Whole for adapters too: base, adapters and value head."""
+        whole = self.pretrained_model.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        return self.v_head.state_dict(destination=whole, prefix=prefix + PREFIX, keep_vars=keep_vars)
+
+    def post_init(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the value head from a state dict: the keys that begin with `v_head.`, which must be all of its own."""
+        self.v_head.load_state_dict({k.removeprefix(PREFIX): v for k, v in state_dict.items() if k.startswith(PREFIX)})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write a folder that from_pretrained opens; the keywords are those of the wrapped model (max_shard_size, …).
+
+        Of a model: its own layout with the value head among the weights. Of an adapter: the adapter, and the head beside it.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        if kwargs.get("safe_serialization") is False:
+            raise ValueError("safe_serialization=False writes a pickle; leave it out: value heads are saved as safetensors")
+        if self.is_peft_model:
+            self.pretrained_model.save_pretrained(folder, **kwargs)
+            head = {PREFIX + name: tensor.contiguous() for name, tensor in self.v_head.state_dict().items()}
+            save_file(head, folder / VALUE_HEAD_FILE, metadata={"format": "pt"})
+        else:
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            self.pretrained_model.save_pretrained(folder, state_dict=state, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None) -> Any:
+        """Upload what save_pretrained writes. The wrapped model is left as it was."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message or "Upload model with value head")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """Open a name, a folder or a model object, and its value head where there is one.
+
+        Args:
+            pretrained_model_name_or_path: on the hub, a folder, a PreTrainedModel or a PeftModel.
+            model_args: of the wrapped model's from_pretrained.
+            kwargs: `supported_args` are the value head's; `peft_config` puts an adapter around the model; `is_trainable` opens a
+                saved adapter for training; the others go to the wrapped model's from_pretrained.
+
+        Raises:
+            ValueError: neither a name nor a model; a pickle where safetensors are expected.
+        """
+        head = {k: kwargs.pop(k) for k in cls.supported_args if k in kwargs}
+        if kwargs.pop("reward_adapter", None) is not None:
+            raise ValueError("reward_adapter does not exist here; open the reward model on its own")
+        source = pretrained_model_name_or_path
+        if isinstance(source, str | Path):
+            model = _open(cls.transformers_parent_class, str(source), model_args, kwargs)
+        else:
+            model = _with_adapter(source, kwargs.pop("peft_config", None))
+        wrapper = cls(model, **head)
+        if isinstance(source, str | Path):
+            _load_value_head(wrapper, str(source), _hub_arguments(kwargs))
+        return wrapper
+
+
+class AutoModelForCausalLMWithValueHead(PreTrainedModelWithValueHead):
+    """A causal language model and a value at each position."""
+
+    transformers_parent_class: ClassVar[Any] = AutoModelForCausalLM
+
+
+class AutoModelForSeq2SeqLMWithValueHead(PreTrainedModelWithValueHead):
+    """An encoder-decoder and a value at each position of the decoder."""
+
+    transformers_parent_class: ClassVar[Any] = AutoModelForSeq2SeqLM
+
+
+# -- what is wrapped -----------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model of transformers inside a PeftModel, or the model itself."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+
+
+def _check_wrappable(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "get_base_model"):
+        raise ValueError(f"a value head goes around a PreTrainedModel, a PeftModel, or the name of one, not {type(model).__name__}")
+    if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+        raise ValueError("a prompt-tuned model has positions that no token stands at; use an adapter such as LoRA")
+    base = _unwrapped(model)
+    name = type(base).__name__
+    if base.get_output_embeddings() is None:
+        raise ValueError(
+            f"{name} has no head over a vocabulary (get_output_embeddings() is None); use its ForCausalLM or ForConditionalGeneration class"
+        )
+    places = set(map(str, (getattr(base, "hf_device_map", None) or {}).values()))
+    if len(places) > 1 and places & {"cpu", "disk"}:
+        raise ValueError(f"{name} is spread over {', '.join(sorted(places))}; a value head needs every part on a device")
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The module whose output is the last hidden state that the head over the vocabulary reads, before any scaling."""
+    inner = model.get_decoder()
+    while isinstance(inner, PreTrainedModel) and (deeper := inner.get_decoder()) is not inner:
+        inner = deeper
+    return inner
+
+
+def _nest_keys(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before loading: the wrapped model's keys get the name of the attribute that it stands under."""
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        inner = key[len(prefix) :]
+        if not inner.startswith((PREFIX, WRAPPED)):
+            state_dict[prefix + WRAPPED + inner] = state_dict.pop(key)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def _open(parent: Any, source: str, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The model of a name or folder: with its adapter where it holds one, with a new one where `peft_config` asks."""
+    peft_config, is_trainable = kwargs.pop("peft_config", None), kwargs.pop("is_trainable", False)
+    if _file(source, "adapter_config.json", _hub_arguments(kwargs)) is None:
+        return _with_adapter(parent.from_pretrained(source, *model_args, **kwargs), peft_config)
+    peft = _peft()
+    base = parent.from_pretrained(peft.PeftConfig.from_pretrained(source).base_model_name_or_path, *model_args, **kwargs)
+    return peft.PeftModel.from_pretrained(base, source, is_trainable=is_trainable)
+
+
+def _with_adapter(model: Any, peft_config: Any) -> Any:
+    if peft_config is None:
+        return model
+    peft = _peft()
+    if not isinstance(peft_config, peft.PeftConfig):
+        raise ValueError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig such as peft.LoraConfig")
+    return peft.get_peft_model(model, peft_config)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ValueError("adapters need the package peft: pip install 'heads-lightning[peft]'") from None
+    return peft
+
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: kwargs[k] for k in _HUB_ARGUMENTS if kwargs.get(k) is not None}
+
+
+def _file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file of a folder or of the hub, or None where there is none."""
+    from transformers.utils.hub import cached_file
+
+    if Path(source).is_dir():
+        path = Path(source) / str(hub.get("subfolder", "")) / name
+        return path if path.is_file() else None
+    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub)
+    return None if found is None else Path(found)
+
+
+def _load_value_head(wrapper: PreTrainedModelWithValueHead, source: str, hub: Mapping[str, Any]) -> None:
+    """Load the head that stands in a folder, from whichever of its files; say so where there is none."""
+    state = _value_head_weights(source, hub)
+    if state:
+        wrapper.post_init(state)
+    else:
+        log.warning("%s holds no value head: the head starts as it was initialised", source)
+
+
+def _value_head_weights(source: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors under `v_head.`: of the file beside an adapter, else of the weights, of whose shards only those needed are read."""
+    if (beside := _file(source, VALUE_HEAD_FILE, hub)) is not None:
+        return load_file(beside)
+    if (index := _file(source, "model.safetensors.index.json", hub)) is not None:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {file for key, file in shards.items() if key.startswith(PREFIX)}
+    else:
+        names = {"model.safetensors"}
+    files = [path for name in sorted(names) if (path := _file(source, name, hub)) is not None]
+    if not files and index is None and (pickle := _file(source, "pytorch_model.bin", hub)) is not None:
+        raise ValueError(
+            f"{pickle} is a pickle, which is not opened; turn it into safetensors with "
+            f"heads_lightning.value_export.convert_pickled_value_head({str(pickle.parent)!r})"
+        )
+    state = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(PREFIX)}  # noqa: SIM118 (no mapping)
+    return state
+
+
+# -- reference models ----------------------------------------------------------------------------------
+
+
+def create_reference_model(model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
+    """A frozen copy in evaluation mode. Of `num_shared_layers` layers, and what stands before them, the very parameters are shared.
+
+    Shared parameters are frozen in `model` too, so that an optimizer step changes neither.
+
+    Args:
+        model: to copy; not sharded.
+        num_shared_layers: first layers to share. None: a copy of everything.
+        pattern: how a layer is named, e.g. "transformer.h.{layer}". None: found by the usual names (h, layers, layer, block, blocks).
+
+    Raises:
+        ValueError: no parameter belongs to the first layer that is not shared.
+    """
+    shared = [] if num_shared_layers is None else _parameters_before(model, num_shared_layers, pattern)
+    for parameter in shared:
+        parameter.requires_grad_(False)
+    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
+    return reference.requires_grad_(False).eval()
+
+
+def _parameters_before(model: nn.Module, layer: int, pattern: str | None) -> list[nn.Parameter]:
+    named = list(model.named_parameters())
+    wanted = rf"(^|\.)(h|layers|layer|block|blocks)\.{layer}\." if pattern is None else rf"{re.escape(pattern.format(layer=layer))}(\.|$)"
+    first = next((i for i, (name, _) in enumerate(named) if re.search(wanted, name)), None)
+    if first is None:
+        raise ValueError(f"no parameter of {type(model).__name__} belongs to layer {layer}; give pattern, e.g. 'transformer.h.{{layer}}'")
+    return [parameter for _, parameter in named[:first]]

@@ -1,0 +1,41 @@
+"""Hydra's side of our sweeps: two sweepers, which it wants in this namespace. What they do is in heads_lightning/sweeps/sweeper.py.
+
+Hydra imports this file in every application of the environment, so it imports nothing but Hydra, and it stores no option: those are
+known to `heads-lightning` alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+
+class HeadsSweeper(Sweeper):
+    """Takes the overrides from Hydra, decides the folder once, and gives Hydra's launcher the cells."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.hydra_context = hydra_context
+        _fix_folder(config)
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from heads_lightning.sweeps import hydra_side
+
+        return hydra_side.sweep(self.kind, self.config, self.hydra_context, self.launcher, arguments)
+
+
+def _fix_folder(config: DictConfig) -> None:
+    """The folder as it is now, for every process: a date in it is not read again."""
+    folder = str(Path(str(config.hydra.sweep.dir)).resolve())
+    quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
+    kept = [text for text in OmegaConf.to_container(config.hydra.overrides.hydra) if not text.startswith("hydra.sweep.dir=")]
+    with read_write(config.hydra), open_dict(config.hydra):
+        config.hydra.sweep.dir = folder
+        config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir='{quoted}'"]

@@ -1,0 +1,645 @@
+"""Value head, losses and objective: exact vectors, masks, reductions, alignment, and training from records and from text."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
+from heads_lightning.composition import compose
+from heads_lightning.configs.base import LayerNormConfig
+from heads_lightning.configs.data import JsonlConfig
+from heads_lightning.configs.tokenizer import ByteConfig
+from heads_lightning.configs.value import (
+    ValueAlignment,
+    ValueConfig,
+    ValueHeadConfig,
+    ValueInit,
+    ValueLoss,
+    ValuePositions,
+    ValueReduction,
+    ValueTarget,
+)
+from heads_lightning.data.scored import ScoredStream, prepare_records
+from heads_lightning.experiment import load
+from heads_lightning.heads import ValueHead
+from heads_lightning.losses.value import ValueStatistics, ValueTargets, decode, gauss_bins, value_losses, value_statistics
+from heads_lightning.objectives.base import SampleRandom
+from heads_lightning.objectives.value import Scored, Value, gae, scored_tokens
+from heads_lightning.registry import ConfigError
+from heads_lightning.run import train
+from heads_lightning.testing import byte_vocabulary
+from heads_lightning.testing.base import check_module
+from heads_lightning.training.checkpoints import newest_checkpoint, read_checkpoint
+
+D = 16
+
+
+def targets(values: Any, mask: Any = None, old: Any = None) -> ValueTargets:
+    values = torch.tensor(values, dtype=torch.float32)
+    mask = torch.ones_like(values, dtype=torch.bool) if mask is None else torch.tensor(mask).bool()
+    return ValueTargets(mask, values, None if old is None else torch.tensor(old, dtype=torch.float32))
+
+
+def mean_loss(scores: list[float], config: ValueConfig, **given: Any) -> tuple[float, list[float], Any]:
+    """Mean over the mask, its gradient, and the losses."""
+    x = torch.tensor([scores], requires_grad=True)
+    wanted = targets(**{k: None if v is None else [v] for k, v in given.items()})
+    found = value_losses(x.unsqueeze(-1), wanted, config)
+    loss = found.losses_BS.sum() / max(int(wanted.mask_BS.sum()), 1)
+    loss.backward()
+    assert x.grad is not None
+    return loss.item(), x.grad[0].tolist(), found
+
+
+# -- targets (O1, O2) -----------------------------------------------------------------------------------------------------
+
+R3, V3, ALL3 = np.array([[0, 0, 1.0]]), np.array([[0.5, 0.4, 0.3]]), np.ones((1, 3), bool)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "lam", "returns"),
+    [(1, 0, [0.4, 0.3, 1]), (1, 0.95, [0.93675, 0.965, 1]), (1, 1, [1, 1, 1]), (0.9, 0.95, [0.7605675, 0.8685, 1])],
+)
+def test_gae(gamma: float, lam: float, returns: list[float]) -> None:
+    """O1."""
+    advantages_BS, returns_BS = gae(R3, V3, ALL3, gamma=gamma, lam=lam)
+    assert returns_BS[0] == pytest.approx(returns, abs=1e-6)
+    assert advantages_BS[0] == pytest.approx(np.array(returns) - V3[0], abs=1e-6)
+
+
+def test_gae_carries_over_masked_tokens() -> None:
+    """O2; and a reward at a masked token is not lost."""
+    mask = np.array([[1, 1, 0, 0, 1]], bool)
+    for hidden in (9.0, np.nan, np.inf):
+        values = np.array([[0.5, 0.4, hidden, hidden, 0.3]])
+        with np.errstate(invalid="ignore"):
+            advantages, returns = gae(np.array([[0, 0, hidden * 0, 0, 1.0]]), values, mask, gamma=1, lam=0.95)
+        assert advantages[0] == pytest.approx([0.43675, 0.565, 0, 0, 0.7], abs=1e-6)
+        assert returns[0] == pytest.approx([0.93675, 0.965, 0, 0, 1], abs=1e-6)
+    moved = gae(np.array([[0, 0, 0.25, 0, 1.0]]), np.zeros((1, 5)), mask, gamma=1, lam=1)[1]
+    assert moved[0] == pytest.approx([1.25, 1.25, 0, 0, 1], abs=1e-6)
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_gae_is_its_definition_and_packed_sequences_are_apart(seed: int) -> None:
+    """Against the double sum of the paper, each sequence by itself."""
+    rng = np.random.default_rng(seed)
+    gamma, lam = rng.uniform(0.5, 1, 2)
+    length, cut = 12, int(rng.integers(2, 10))
+    rewards, values, mask = rng.normal(size=(1, length)), rng.normal(size=(1, length)), rng.random((1, length)) < 0.7
+    rewards = np.where(mask, rewards, 0)
+    segments = (np.arange(length) >= cut).astype(np.int32)[None]
+    found = gae(rewards, values, mask, gamma=gamma, lam=lam, segments_BS=segments)[0][0]
+    wanted = np.zeros(length)
+    for part in (range(cut), range(cut, length)):
+        acts = [t for t in part if mask[0, t]]
+        v = [values[0, t] for t in acts] + [0.0]
+        deltas = [rewards[0, t] + gamma * v[i + 1] - v[i] for i, t in enumerate(acts)]
+        for i, t in enumerate(acts):
+            wanted[t] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:]))
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+# -- losses (O3 to O7) ----------------------------------------------------------------------------------------------------
+
+CLIPPED = ValueConfig(loss=ValueLoss.clipped_mse, clip=0.2)
+
+
+def test_clipped_and_plain() -> None:
+    """O3."""
+    given = {"values": [0.9, 0.9, 0.0], "mask": [1, 1, 0], "old": [0.5, 0.5, 0.0]}
+    loss, grad, found = mean_loss([1.0, 0.2, 5.0], CLIPPED, **given)
+    assert loss == pytest.approx(0.1325, abs=1e-6)
+    assert grad == pytest.approx([0, -0.35, 0], abs=1e-6)
+    assert int(found.clipped_BS.sum()) / 2 == 0.5
+    loss, grad, _ = mean_loss([1.0, 0.2, 5.0], ValueConfig(), values=given["values"], mask=given["mask"])
+    assert loss == pytest.approx(0.125, abs=1e-6)
+    assert grad == pytest.approx([0.05, -0.35, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [member for member in ValueLoss if member != ValueLoss.bradley_terry])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_masked_does_not_matter(loss: ValueLoss, bad: float) -> None:
+    """O4, O5: NaN and inf in scores, targets and old values; then everything masked."""
+    config = ValueConfig(loss=loss)
+    x = torch.zeros(1, 3, config.num_outputs)
+    x[0, 1] = bad
+    for mask in ([1, 0, 1], [0, 0, 0]):
+        scores = x.clone().requires_grad_()
+        found = value_losses(scores, targets([[0.5, bad, 0.5]], [mask], [[0.1, bad, 0.2]]), config)
+        found.losses_BS.sum().backward()
+        assert scores.grad is not None
+        assert found.losses_BS.isfinite().all()
+        assert scores.grad.isfinite().all()
+        assert not scores.grad[0, 1].any()
+        if not any(mask):
+            assert found.losses_BS.sum() == 0
+            assert not scores.grad.any()
+
+
+def test_other_losses_by_hand() -> None:
+    assert mean_loss([0.3, -1.0], ValueConfig(loss=ValueLoss.bce), values=[1.0, 0.25])[0] == pytest.approx(
+        (math.log1p(math.exp(-0.3)) + 0.25 * math.log1p(math.exp(1)) + 0.75 * math.log1p(math.exp(-1))) / 2, rel=1e-6
+    )
+    assert mean_loss([0.3, 5.0], ValueConfig(loss=ValueLoss.huber, huber_delta=0.5), values=[0.0, 1.0])[0] == pytest.approx(
+        (0.5 * 0.09 + 0.5 * (4 - 0.25)) / 2, rel=1e-6
+    )
+    pairs = ValueConfig(loss=ValueLoss.bradley_terry, centre=0.1)
+    _, grad, found = mean_loss([2.0, 9.0, 0.5, 1.0, 3.0], pairs, values=[0.25, 0, 0.25, 0, 0], mask=[1, 0, 1, 1, 1])
+    first, second = math.log1p(math.exp(-1.25)) + 0.1 * 2.5**2, math.log1p(math.exp(2)) + 0.1 * 4**2
+    assert found.losses_BS[0].tolist() == pytest.approx([first, 0, 0, second, 0], rel=1e-6)
+    assert grad[1] == 0
+    with pytest.raises(ValueError, match="3 sequences are no pairs"):
+        mean_loss([1.0, 2, 3], pairs, values=[0.0, 0, 0])
+    with pytest.raises(ValueError, match="needs old_values"):
+        mean_loss([1.0], CLIPPED, values=[0.0])
+    with pytest.raises(ValueError, match="do not fit targets"):
+        value_losses(torch.zeros(1, 2, 1), targets([[1.0]]), ValueConfig())
+
+
+def test_hl_gauss() -> None:
+    """The mass is 1, the mean of the bins is the target, and the loss is least there (arXiv 2403.03950, section 3.1)."""
+    config = ValueConfig(loss=ValueLoss.hl_gauss, num_bins=41, value_min=-1, value_max=1)
+    wanted = torch.tensor([-0.5, 0.0, 0.3])
+    mass = gauss_bins(wanted, config)
+    assert mass.sum(-1).tolist() == pytest.approx([1, 1, 1])
+    assert decode(mass.log().clamp(min=-80)[None], config)[0].tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
+    right = value_losses(mass.log().clamp(min=-80)[None], targets([wanted.tolist()]), config).losses_BS
+    wrong = value_losses(mass.flip(0).log().clamp(min=-80)[None], targets([wanted.tolist()]), config).losses_BS
+    assert (right[0, [0, 2]] < wrong[0, [0, 2]]).all()
+    assert right[0, 0].item() == pytest.approx(torch.special.entr(mass[0]).sum().item(), rel=1e-4)
+    assert gauss_bins(torch.tensor([7.0]), config)[0, -1] > 0.5  # beyond the range counts in the end bin
+
+
+def statistics_of(values: list[float], wanted: list[float], **config: Any) -> dict[str, float]:
+    vector = value_statistics(torch.tensor([values]).unsqueeze(-1), targets([wanted]), ValueConfig(**config))
+    assert len(vector) == ValueStatistics.size()
+    return ValueStatistics.from_vector(vector.tolist()).metrics()
+
+
+def test_explained_variance_and_calibration() -> None:
+    """O6, and bins by hand."""
+    found = statistics_of([1, 2, 3, 5], [1, 2, 3, 4], value_min=0, value_max=5)
+    assert found["explained_variance"] == pytest.approx(0.85)
+    assert (found["value_mean"], found["target_mean"]) == (2.75, 2.5)
+    assert found["calibration_error"] == pytest.approx(0.25)
+    assert found["accuracy"] == 1.0
+    assert "explained_variance" not in statistics_of([1, 2], [3, 3])
+    calibrated = statistics_of([0.25] * 4 + [0.75] * 4, [0, 0, 0, 1, 0, 1, 1, 1])
+    assert calibrated["calibration_error"] == pytest.approx(0)
+    assert calibrated["accuracy"] == 0.75
+    pair = ValueConfig(loss=ValueLoss.bradley_terry)
+    vector = value_statistics(torch.tensor([[2.0, 1.0, 0.0, 3.0]]).unsqueeze(-1), targets([[0.0] * 4]), pair).tolist()
+    assert ValueStatistics.from_vector(vector).metrics()["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("reduction", "wanted"),
+    [(ValueReduction.token_mean, 1.4), (ValueReduction.seq_mean_token_mean, 2.0), (ValueReduction.seq_mean_token_sum, 3.5)],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_reductions(reduction: ValueReduction, wanted: float, packed: bool) -> None:
+    """O7: a sequence of four tokens with loss 1 each, one of one token with loss 3; in two rows or in one."""
+    objective = Value(ValueConfig(reduction=reduction), byte_vocabulary())
+    segments = np.array([[0, 0, 0, 0, 1]] if packed else [[0] * 5] * 2, np.int32)
+    mask = np.array([[1, 1, 1, 1, 1]] if packed else [[1, 1, 1, 1, 0], [0, 0, 1, 0, 0]], bool)
+    goal = np.array([[1, 1, 1, 1, 3]] if packed else [[1] * 5, [3] * 5], np.float32)
+    nothing = np.zeros(segments.shape, np.float32)
+    made = objective.scored_examples(Scored(np.full(segments.shape, 120), segments, mask, np.sqrt(2 * goal), nothing, nothing))
+    batch = Batch.from_examples(made, Attention.causal)
+    head = ValueHeadConfig(init=ValueInit.zero).build(d_model=D, objective=objective.config)
+    hidden = torch.randn(*segments.shape, D)
+    assert head.loss(hidden, batch, divisor=batch.counted).loss.item() == pytest.approx(wanted, rel=1e-6)
+    held_out = head.loss(hidden, batch, divisor=None)
+    assert held_out.loss.sum().item() / batch.counted == pytest.approx(wanted, rel=1e-6)
+
+
+# -- head -----------------------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "linear": ValueHeadConfig(init=ValueInit.reward),
+    "hidden": ValueHeadConfig(hidden_dim=8, bias=False, init=ValueInit.default),
+    "norm": ValueHeadConfig(layer_norm=LayerNormConfig(), init=ValueInit.normal),
+    "joint": ValueHeadConfig(init=ValueInit.reward, lm_weight=0.5),
+}
+
+
+def batch_of(values: Tensor, mask: Tensor, labels: Tensor | None = None, **given: Any) -> Batch:
+    labels = torch.where(mask, torch.full_like(mask, 3, dtype=torch.long) if labels is None else labels, IGNORE)
+    return Batch(torch.zeros_like(labels), labels, Attention.causal, int(mask.sum()), int(mask.sum()), values_BS=values, **given)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_contract(name: str) -> None:
+    """Meta, reset, number of parameters; gradients; one loss from both modes; a bf16 and an autocast call are fp32."""
+    config = HEADS[name]
+    check_module(lambda device: config.build(d_model=D, vocab_size=31, init_device=device), config.num_params(D, 31))
+    head = config.build(d_model=D, vocab_size=31)
+    hidden, mask = torch.randn(2, 5, D, requires_grad=True), torch.rand(2, 5) < 0.6
+    batch = batch_of(torch.randn(2, 5), mask)
+    found = head.loss(hidden, batch, divisor=4.0)
+    apart = head.loss(hidden, batch, divisor=None)
+    assert found.loss.item() == pytest.approx(apart.loss.sum().item() / 4, rel=1e-5)
+    assert found.sums["loss"].item() == pytest.approx(apart.loss.sum().item(), rel=1e-5)
+    assert not apart.loss[~mask].any()
+    assert apart.statistics is not None
+    assert len(apart.statistics) == head.num_statistics
+    found.loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad[mask].any()
+    assert not hidden.grad[~mask].any()
+    for parameter_name, parameter in head.named_parameters():
+        assert parameter.grad is not None, parameter_name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(hidden).dtype == torch.float32
+    head.to(torch.bfloat16)
+    assert {p.dtype for p in head.parameters()} == {torch.float32}
+    assert head(hidden.bfloat16()).dtype == torch.float32
+    if name == "joint":
+        only = replace(config, lm_weight=0.0).build(d_model=D)
+        only.load_state_dict({k: v for k, v in head.state_dict().items() if not k.startswith("lm_head")})
+        rest = apart.loss - only.loss(hidden, batch, divisor=None).loss
+        lm = head.lm_head(hidden, labels=batch.labels_BS, loss_reduction="none", return_logits=False).loss
+        assert torch.allclose(rest, 0.5 * lm, atol=1e-5)
+
+
+def test_head_initialisations() -> None:
+    for init, std in ((ValueInit.normal, 0.3), (ValueInit.reward, 4097**-0.5), (ValueInit.zero, 0.0)):
+        summary = ValueHeadConfig(init=init, init_std=0.3).build(d_model=4096).summary
+        assert summary.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert not summary.bias.any()
+    assert ValueHeadConfig(init=ValueInit.default).build(d_model=D).summary.bias.any()
+
+
+def test_detached_trunk_and_nan_in_hidden_states() -> None:
+    """V18 and O4 for the head: what stands at a masked position reaches nothing."""
+    for detach in (False, True):
+        head = ValueHeadConfig(detach_trunk=detach, init=ValueInit.reward).build(d_model=D)
+        hidden = torch.randn(1, 4, D)
+        hidden[0, 2] = math.nan
+        hidden.requires_grad_()
+        mask = torch.tensor([[True, True, False, True]])
+        head.loss(hidden, batch_of(torch.ones(1, 4), mask), divisor=3.0).loss.backward()
+        assert head.summary.weight.grad.isfinite().all()
+        assert head.summary.weight.grad.any()
+        assert (hidden.grad is not None and bool(hidden.grad.any())) != detach
+        assert hidden.grad is None or bool(hidden.grad.isfinite().all())
+
+
+def test_regression_on_the_last_state() -> None:
+    """O10: a linear function of hidden states is found, also as bins and through a hidden layer."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, w = torch.randn(64, 8, D, generator=generator), torch.randn(D, generator=generator) / D**0.5
+    values = hidden @ w + 0.5
+    batch = batch_of(values, torch.ones(64, 8, dtype=torch.bool))
+    for loss in (ValueLoss.mse, ValueLoss.huber, ValueLoss.hl_gauss):
+        objective = ValueConfig(loss=loss, value_min=-4, value_max=5)
+        head = ValueHeadConfig().build(d_model=D, objective=objective)
+        head.reset_parameters(generator)
+        optimizer = torch.optim.Adam(head.parameters(), lr=0.1 if loss == ValueLoss.hl_gauss else 0.03)
+        for _ in range(400):
+            optimizer.zero_grad()
+            head.loss(hidden, batch, divisor=batch.counted).loss.backward()
+            optimizer.step()
+        statistics = head.loss(hidden, batch, divisor=None).statistics
+        assert head.metrics(statistics.tolist())["explained_variance"] > 0.99, loss
+        assert (head.values(hidden) - values).abs().mean() < 0.15
+
+
+def test_contradictions_are_refused_in_one_line() -> None:
+    for overrides, message in (
+        (["head=default"], r"objective=value predicts a value, but head=default scores a token; use head=value"),
+        (["objective=fim", "head=value"], r"head=value scores a value; use head=default.*or objective=value"),
+        (["head=value", "objective.target=gae"], r"objective.target=gae needs numbers that data=stdlib does not hold: use data=jsonl"),
+        (["head=value", "objective.loss=clipped_mse"], r"clipped_mse needs numbers"),
+        (["head=value", "objective.bidirectional=true", "objective.alignment=state_before_action"], r"scores a token before it is read"),
+        (["head=value", "objective.loss=bradley_terry", "objective.reduction=seq_mean_token_sum"], r"has no meaning for pairs"),
+        (["head=value", "objective.loss=bce", "objective.value_max=2"], r"scores probabilities"),
+        (["head=value", "objective.gamma=1.5"], r"objective.gamma=1.5 is out of range"),
+        (["head=value", "head.tie_embeddings=true"], r"has no projection to tie"),
+        (["head=value", "head.lm_weight=1", "objective.bidirectional=true"], r"predicts the next token, which has no meaning"),
+        (["head=value", "objective.loss=msee"], r"objective.loss=msee"),
+    ):
+        with pytest.raises(ConfigError, match=message) as refusal:
+            compose([o for o in ["objective=value", *overrides] if not (o == "objective=value" and "objective=fim" in overrides)])
+        assert "\n" not in str(refusal.value)
+
+
+# -- objective: alignment (O9), the built-in task -------------------------------------------------------------------------
+
+
+def scored(tokens: list[list[int]], mask: list[list[int]], numbers: list[list[float]], segments: Any = None) -> Scored:
+    ids = np.array(tokens)
+    segments = np.zeros(ids.shape, np.int32) if segments is None else np.array(segments, np.int32)
+    values = np.array(numbers, np.float32)
+    return Scored(ids, segments, np.array(mask, bool), values, values, np.zeros(ids.shape, np.float32))
+
+
+def test_alignment_says_which_position_scores_which_token() -> None:
+    """By hand: two sequences in a row, then padding."""
+    given = scored([[10, 11, 12, 13, 14, 1]], [[0, 1, 1, 0, 1, 0]], [[0.0, 0.1, 0.2, 0.3, 0.4, 9.9]], [[0, 0, 0, 1, 1, PADDING]])
+    after = Value(ValueConfig(), byte_vocabulary()).scored_examples(given)
+    assert after.values_BS is not None
+    assert after.values_BS[0].tolist() == pytest.approx([0, 0.1, 0.2, 0, 0.4, 0])
+    assert after.labels_BS[0].tolist() == [IGNORE, 12, 0, IGNORE, 0, IGNORE]
+    before = Value(ValueConfig(alignment=ValueAlignment.state_before_action), byte_vocabulary()).scored_examples(given)
+    assert before.values_BS is not None
+    assert before.values_BS[0].tolist() == pytest.approx([0.1, 0.2, 0, 0.4, 0, 0])
+    assert before.labels_BS[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
+    assert scored_tokens(after, ValueAlignment.after_token)[0].tolist() == [IGNORE, 11, 12, IGNORE, 14, IGNORE]
+    assert scored_tokens(before, ValueAlignment.state_before_action)[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
+    last = Value(ValueConfig(positions=ValuePositions.last), byte_vocabulary()).scored_examples(given)
+    assert (last.labels_BS[0] != IGNORE).tolist() == [False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("alignment", ValueAlignment)
+def test_a_score_depends_on_what_it_may_have_read(alignment: ValueAlignment) -> None:
+    """O9, on a built model: the score of position p changes with tokens up to p alone, so a critic's V before token t ignores token t."""
+    config = compose(["objective=value", "head=value", f"objective.alignment={alignment}", "backbone.d_model=32", "backbone.num_layers=2",
+                      "backbone.num_heads=2", "head.init=normal"])  # fmt: skip
+    from heads_lightning.experiment import build_model
+
+    backbone, head = build_model(config, 64)
+    backbone, head = backbone.double().eval(), head.eval()
+    ids = torch.randint(3, 60, (1, 12))
+    objective = config.objective.build(byte_vocabulary())
+    made = objective.scored_examples(scored(ids.tolist(), [[0] * 4 + [1] * 8], [list(range(12))]))
+    scores_token = {p: int(v) for p, v in enumerate(made.values_BS[0]) if made.labels_BS[0, p] != IGNORE}
+    assert sorted(scores_token.values()) == list(range(4, 12))
+
+    def values(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return head.values(backbone(Batch(tokens, tokens, config.objective.attention, 0, 0)))[0]
+
+    for t in range(4, 12):
+        other = ids.clone()
+        other[0, t] = (other[0, t] + 1) % 60
+        changed = (values(ids) - values(other)).abs() > 1e-6
+        own = next(p for p, token in scores_token.items() if token == t)
+        assert not changed[:t].any()
+        assert bool(changed[own]) == (alignment == ValueAlignment.after_token)
+
+
+def windows(rows: int = 64, length: int = 64, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    made = rng.integers(107, 363, (rows, length))
+    made[rng.random((rows, length)) < 0.02] = 0
+    return made
+
+
+def test_the_built_in_task_tells_the_truth() -> None:
+    """The outcome is 1 exactly where no token of the snippet was replaced, and half of the snippets are corrupted."""
+    objective = Value(ValueConfig(corruption_rate=0.3), byte_vocabulary())
+    plain = windows()
+    made = objective.examples(plain, SampleRandom(0, 0, np.arange(64)), 64)
+    assert made.values_BS is not None
+    assert made.segments_BS is not None
+    outcomes = []
+    for row in range(64):
+        for piece in np.unique(made.segments_BS[row]):
+            here = made.segments_BS[row] == piece
+            before, after = plain[row][here], made.tokens_BS[row][here]
+            assert len(before) < 16 or (before != after).mean() < 0.6
+            scored_here = made.labels_BS[row][here] != IGNORE
+            values = made.values_BS[row][here][scored_here]
+            assert not scored_here[before == 0].any()
+            assert set(values) <= {float((before == after).all())}
+            outcomes += values[:1].tolist()
+    assert 0.4 < np.mean(outcomes) < 0.65
+    rewards = Value(ValueConfig(target=ValueTarget.monte_carlo, corruption_rate=0.3), byte_vocabulary()).examples(
+        plain, SampleRandom(0, 0, np.arange(64)), 64
+    )
+    assert np.array_equal(rewards.values_BS, made.values_BS)  # the reward stands at the end, and nothing is discounted
+
+
+def test_the_built_in_pairs() -> None:
+    objective = Value(ValueConfig(loss=ValueLoss.bradley_terry, snippet_tokens=16, corruption_rate=0.3), byte_vocabulary())
+    assert objective.window(65).length == 32
+    plain = windows(8, 32)
+    made = objective.examples(plain, SampleRandom(0, 0, np.arange(8)), 65)
+    for chosen, start in ((0, 0), (32, 16)):
+        snippet, copy = made.tokens_BS[:, chosen : chosen + 16], made.tokens_BS[:, chosen + 16 : chosen + 32]
+        assert np.array_equal(snippet, plain[:, start : start + 16])
+        assert not (snippet == copy).all(axis=1).any()
+        assert (snippet == copy).mean() > 0.6
+    assert made.counts_B is not None
+    assert made.segments_BS is not None
+    assert made.counts_B.tolist() == [2] * 8
+    assert made.segments_BS[0, ::16].tolist() == [0, 1, 2, 3, PADDING]
+    assert (made.labels_BS != IGNORE).nonzero()[1].reshape(8, 4).tolist() == [[15, 31, 47, 63]] * 8
+
+
+# -- records --------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, records: list[dict[str, Any]], copies: int = 20) -> JsonlConfig:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record) for record in records for _ in range(copies)]
+    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
+    return JsonlConfig(root=str(folder), cache_dir=str(folder / "cache"), sequence_length=16, validation_fraction=0.3)
+
+
+def first_example(folder: Path, record: dict[str, Any], length: int = 16, **objective: Any) -> Examples:
+    config = ValueConfig(**objective)
+    prepared = prepare_records(write(folder, [record]), ByteConfig(num_sentinels=0), config)
+    value = config.build(prepared.tokenizer.vocabulary)
+    return ScoredStream(prepared.train, value, sequence_length=length, seed=0).examples(0, 1)
+
+
+def shown(made: Examples) -> list[float | None]:
+    """The target of each position, None where there is none."""
+    assert made.values_BS is not None
+    return [None if label == IGNORE else pytest.approx(float(v)) for label, v in zip(made.labels_BS[0], made.values_BS[0], strict=True)]
+
+
+IDS = {"input_ids": [10, 11, 12, 13]}
+N = None
+
+
+@pytest.mark.parametrize(
+    ("record", "objective", "wanted"),
+    [
+        ({"prompt": "ab", "text": "xyz", "outcome": 0.5}, {}, [N, N, N, 0.5, 0.5, 0.5]),
+        ({"text": "xy", "outcome": 1}, {"positions": ValuePositions.last}, [N, N, 1.0]),
+        ({"steps": ["ab", "c", "d"], "step_labels": [1, None, 0], "prompt": "?"}, {}, [N, N, N, 1.0, N, 0.0]),
+        (IDS | {"returns": [1, 2, 3, 4], "mask": [0, 1, 1, 0]}, {"target": ValueTarget.given}, [N, 2.0, 3.0, N]),
+        (IDS | {"returns": [1, 2, 3, float("nan")], "mask": [0, 1, 1, 0]}, {"target": ValueTarget.given}, [N, 2.0, 3.0, N]),
+        (
+            IDS | {"returns": [1, 2, 3, 4], "mask": [0, 1, 1, 0]},
+            {"target": ValueTarget.given, "alignment": ValueAlignment.state_before_action},
+            [2.0, 3.0, N, N],
+        ),
+        (IDS | {"step_ends": [1, 3], "step_labels": [0, 1]}, {}, [N, 0.0, N, 1.0]),
+        ({"text": "xyz", "rewards": 2}, {"target": ValueTarget.monte_carlo, "gamma": 0.5}, [N, 0.5, 1.0, 2.0]),
+        (
+            IDS | {"rewards": [0, 0, 0, 1], "old_values": [9, 0.5, 0.4, 0.3], "mask": [0, 1, 1, 1]},
+            {"target": ValueTarget.gae, "lam": 0.95},
+            [N, 0.93675, 0.965, 1.0],
+        ),
+    ],
+)  # fmt: skip
+def test_records(record: dict[str, Any], objective: dict[str, Any], wanted: list[float | None], tmp_path: Path) -> None:
+    made = first_example(tmp_path, record, **objective)
+    assert made.segments_BS is not None
+    assert made.tokens_BS.shape == (1, 16)
+    assert shown(made) == wanted + [N] * (16 - len(wanted))
+    assert (made.segments_BS[0] == PADDING).tolist() == [False] * len(wanted) + [True] * (16 - len(wanted))
+
+
+def test_records_of_pairs_and_old_values(tmp_path: Path) -> None:
+    made = first_example(tmp_path / "pairs", {"prompt": "p", "chosen": "ab", "rejected": "c", "margin": 0.25}, loss=ValueLoss.bradley_terry)
+    assert made.segments_BS is not None
+    assert made.segments_BS[0].tolist() == [0] * 4 + [1] * 3 + [PADDING] * 9
+    assert shown(made)[:7] == [N, N, N, 0.25, N, N, 0.25]
+    assert made.counts_B is not None
+    assert made.counts_B.tolist() == [1]
+    record = IDS | {"returns": 1.0, "old_values": [0.5, 0.6, 0.7, 0.8]}
+    made = first_example(tmp_path / "old", record, target=ValueTarget.given, loss=ValueLoss.clipped_mse)
+    assert made.old_values_BS is not None
+    assert made.old_values_BS[0, :5].tolist() == pytest.approx([0.5, 0.6, 0.7, 0.8, 0])
+
+
+@pytest.mark.parametrize(
+    ("record", "objective", "problem"),
+    [
+        ({"text": "a"}, {}, "no outcome"),
+        ({"outcome": 1}, {}, "no text or input_ids"),
+        ({"text": "a", "outcome": float("nan")}, {}, "outcome is no finite number"),
+        ({"text": "a", "outcome": 3}, {"loss": ValueLoss.bce}, "outside 0 to 1"),
+        ({"text": "ab", "rewards": [1, 2]}, {"target": ValueTarget.monte_carlo}, "has not one number for each"),
+        (IDS | {"returns": [1, 2]}, {"target": ValueTarget.given}, "has not one number for each"),
+        (IDS | {"rewards": [0, 0, 0, 1]}, {"target": ValueTarget.gae}, "no old_values"),
+        ({"input_ids": [10, 9999], "outcome": 1}, {}, "no list of ids below"),
+        ({"steps": ["a"], "step_labels": [1, 0]}, {}, "one entry for each of the steps"),
+        ({"chosen": "a"}, {"loss": ValueLoss.bradley_terry}, "no rejected"),
+    ],
+)
+def test_records_that_cannot_be_used_are_named(record: dict[str, Any], objective: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"no record that objective=value can use: 20 with .*{problem}"):
+        first_example(tmp_path, record, **objective)
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_some_bad_records_are_counted_and_long_ones_left_out(tmp_path: Path) -> None:
+    data = write(tmp_path, [{"text": "a", "outcome": 1}, {"text": "b"}, {"text": "c" * 40, "outcome": 0}])
+    with pytest.warns(UserWarning, match=r"left out 20 records, the first records\.jsonl:\d+ \(no outcome\)"):
+        prepared = prepare_records(data, ByteConfig(num_sentinels=0), ValueConfig())
+    assert prepared.facts["left_out"] == {"no outcome": 20}
+    objective = ValueConfig().build(prepared.tokenizer.vocabulary)
+    with pytest.warns(UserWarning, match="longer than data.sequence_length=16"):
+        stream = ScoredStream(prepared.train, objective, sequence_length=16, seed=0)
+    assert 0 < stream.windows < 20
+    with pytest.raises(ConfigError, match=r"no train record fits data\.sequence_length=1 "):
+        ScoredStream(prepared.train, objective, sequence_length=1, seed=0)
+
+
+# -- training -------------------------------------------------------------------------------------------------------------
+
+VALUE = ["objective=value", "head=value"]
+LINEAR = ["optimizer=adamw", "optimizer.learning_rate=1e-3", "optimizer.eps=1.0"]
+"""AdamW that is linear in the gradients: a wrong scale cannot cancel (see test_training)."""
+KINDS = {
+    "outcome": [],
+    "sequences": ["objective.reduction=seq_mean_token_mean", "objective.loss=bce"],
+    "pairs": ["objective.loss=bradley_terry"],
+    "joint": ["head.lm_weight=0.5", "head.tie_embeddings=true", "objective.target=monte_carlo", "objective.alignment=state_before_action"],
+}
+
+
+def weights(run_dir: Path) -> dict[str, Tensor]:
+    return read_checkpoint(newest_checkpoint(run_dir))["state_dict"]
+
+
+def furthest(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_a_batch_is_cut_changes_nothing(tiny: list[str], tmp_path: Path, kind: str) -> None:
+    """O8: micro-batches with unequal numbers of targets."""
+    found = {}
+    for micro in (8, 3):
+        result = train(compose([*tiny, *VALUE, *KINDS[kind], *LINEAR, f"trainer.micro_batch_size={micro}"]), tmp_path / str(micro))
+        found[micro] = weights(tmp_path / str(micro)), result.metrics
+    assert furthest(found[8][0], found[3][0]) < 1e-6
+    for name in ("train/loss", "val/loss", "val/calibration_error", "val/value_mean"):
+        assert found[3][1][name] == pytest.approx(found[8][1][name], rel=1e-4), name
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, kind: str) -> None:
+    """O8 on two ranks (DDP): the same gradients, the same metrics."""
+    overrides = [*tiny, *VALUE, *KINDS[kind], *LINEAR]
+    one = train(compose(overrides), tmp_path / "one")
+    command = [sys.executable, "-m", "heads_lightning", "train", *overrides, "trainer.devices=2", "trainer.micro_batch_size=2"]
+    subprocess.run([*command, f"hydra.run.dir={tmp_path / 'two'}"], check=True, timeout=240, capture_output=True)
+    assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
+    from heads_lightning.training.run_folder import read_metrics
+
+    two = {name: value for point in read_metrics(tmp_path / "two") for name, value in point.values.items()}
+    for name in ("train/loss", "val/loss", "val/calibration_error", "val/accuracy"):
+        assert two[name] == pytest.approx(one.metrics[name], rel=1e-5, abs=1e-7), name
+
+
+def test_a_run_reports_values_and_draws_their_reliability(tiny: list[str], tmp_path: Path) -> None:
+    overrides = [o for o in tiny if not o.startswith("tracking=")]
+    result = train(compose([*overrides, *VALUE, "tracking=mlflow", "trainer.max_steps=2", f"run_root={tmp_path}"]), tmp_path / "run")
+    summary = (tmp_path / "run" / "summary.txt").read_text()
+    for phrase in ("explained variance", "calibration error", "per target", "reliability.png"):
+        assert phrase in summary, phrase
+    assert "nats" not in summary
+    assert result.metrics["val/calibration_error"] >= 0
+    assert "val/explained_variance" in result.metrics
+    assert list((tmp_path / "run").rglob("reliability.png"))
+    model = load(str(tmp_path / "run"))
+    assert isinstance(model.head, ValueHead)
+    assert model.head.num_statistics == 38
+    asked = subprocess.run(
+        [sys.executable, "-m", "heads_lightning", "evaluate", f"checkpoint={tmp_path / 'run'}", "json=true"],
+        capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    again = json.loads(asked.stdout)
+    assert again["val/explained_variance"] == pytest.approx(result.metrics["val/explained_variance"], abs=1e-6)
+    from mlflow import MlflowClient
+
+    sidecar = json.loads((tmp_path / "run" / "mlflow.json").read_text())
+    client = MlflowClient(sidecar["uri"])
+    assert "reliability.png" in {artifact.path for artifact in client.list_artifacts(sidecar["run_id"])}
+    assert client.get_run(sidecar["run_id"]).data.metrics["val/explained_variance"] == result.metrics["val/explained_variance"]
+
+
+def test_training_from_records_finds_what_they_say(tiny: list[str], tmp_path: Path) -> None:
+    """The outcome is whether a text has an `x`; a tiny model learns it in a few steps, and resumes."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefgh"), 6)) + rng.choice(["x", "y"]) + "z" for _ in range(300)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "r.jsonl").write_text(
+        "\n".join(json.dumps({"text": t, "outcome": int("x" in t), "n": i}) for i, t in enumerate(texts))
+    )
+    kept = [o for o in tiny if not o.startswith(("data=", "data.root", "data.include", "tokenizer.", "trainer.max_steps", "data.seq"))]
+    overrides = [
+        *kept, *VALUE, "data=jsonl", f"data.root={tmp_path}/data", "data.sequence_length=12", "tokenizer=byte", "objective.loss=bce",
+        "objective.positions=last", "trainer.max_steps=40", "trainer.val_every_steps=40", "optimizer=adamw", "optimizer.learning_rate=1e-2",
+        "data.validation_sequences=64", "trainer.global_batch_size=32", "trainer.micro_batch_size=32", "trainer.log_every_steps=10",
+        f"data.cache_dir={tmp_path}/cache",
+    ]  # fmt: skip
+    result = train(compose(overrides), tmp_path / "run")
+    assert result.metrics["val/accuracy"] == 1.0
+    assert result.metrics["val/explained_variance"] > 0.9
+    train(compose([*overrides, "trainer.max_steps=42", f"resume={tmp_path / 'run'}"]), tmp_path / "run")
