@@ -412,6 +412,26 @@ def test_mixed_precision_of_sharded_runs_leaves_systems_exact_or_is_refused(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_compiled_convolution_is_the_same_convolution(reverse: bool) -> None:
+    """By itself: in a whole model at moderate weights it is a small part of the hidden states."""
+    torch._dynamo.reset()
+    system, results = system_of(8, dtype=torch.float32), []
+    generator = torch.Generator().manual_seed(0)
+    u, upstream = torch.randn(2, 32, 16, generator=generator), torch.randn(2, 32, 16, generator=generator)
+
+    def run(given: Tensor) -> Tensor:
+        return system(given, form=Convolution.auto, reverse=reverse)
+
+    for function in (run, torch.compile(run, fullgraph=True)):
+        given = u.clone().requires_grad_()
+        y = function(given)
+        results.append((y, *torch.autograd.grad(y, [given, *system.parameters()], upstream)))
+    for plain, compiled in zip(*results, strict=True):
+        assert (compiled - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("config", [TINY, CAUSAL], ids=["bidirectional", "causal"])
 def test_compiles_whole_and_without_a_warning(config: BiGSBackboneConfig, packed: bool) -> None:

@@ -252,7 +252,7 @@ def fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
 
 # Operators of their own: torch.compile then sees no complex tensor, for which it has no code. Transforms run along contiguous memory, and
 # that of the input is kept for the backward pass: half the time of transforms over the middle dimension (experiments/benchmarks/bigs.py).
-# G: frequencies.
+# conj_physical and not conj: in a compiled graph, the lazy one is silently left out inside an operator. G: frequencies.
 
 
 @torch.library.custom_op("heads_lightning::fft_convolution", mutates_args=())
@@ -262,7 +262,7 @@ def _fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Te
     size = fast_size(2 * length)
     kernel_G = torch.fft.rfft(kernel_S, n=size)
     u_BDG = torch.fft.rfft(u_BSD.transpose(1, 2).contiguous(), n=size)
-    y_BDS = torch.fft.irfft(u_BDG * (kernel_G.conj() if reverse else kernel_G), n=size)[..., :length]
+    y_BDS = torch.fft.irfft(u_BDG * (kernel_G.conj_physical() if reverse else kernel_G), n=size)[..., :length]
     return y_BDS.transpose(1, 2).contiguous(), torch.view_as_real(u_BDG)
 
 
@@ -279,9 +279,9 @@ def _fft_convolution_backward(grad_BSD: Tensor, u_BDG2: Tensor, kernel_S: Tensor
     size = fast_size(2 * length)
     kernel_G = torch.fft.rfft(kernel_S, n=size)
     grad_BDG = torch.fft.rfft(grad_BSD.transpose(1, 2).contiguous(), n=size)
-    product_G = (torch.view_as_complex(u_BDG2).conj() * grad_BDG).sum((0, 1))
-    grad_kernel_S = torch.fft.irfft(product_G.conj() if reverse else product_G, n=size)[:length]
-    grad_BDS = torch.fft.irfft(grad_BDG.mul_(kernel_G if reverse else kernel_G.conj()), n=size)[..., :length]
+    product_G = (torch.view_as_complex(u_BDG2).conj_physical() * grad_BDG).sum((0, 1))
+    grad_kernel_S = torch.fft.irfft(product_G.conj_physical() if reverse else product_G, n=size)[:length]
+    grad_BDS = torch.fft.irfft(grad_BDG.mul_(kernel_G if reverse else kernel_G.conj_physical()), n=size)[..., :length]
     return grad_BDS.transpose(1, 2).contiguous(), grad_kernel_S.contiguous()
 
 
