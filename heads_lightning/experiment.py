@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,24 +73,6 @@ def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *,
     return config.head.build(**where)
 
 
-def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Preparation as one line per stage."""
-    lines = {
-        "waiting": "waiting for another run that prepares the same data",
-        "tokenizer": "training the tokenizer",
-        "tokens": "tokenising",
-        "shards": "writing shards",
-    }
-    said: set[str] = set()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in said:
-            said.add(stage)
-            say(f"preparing data: {lines.get(stage, stage)} …")
-
-    return progress
-
-
 def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) -> PreparedData | PreparedRecords:
     """The data of an experiment: records with their numbers for objective=value where the source has them, else a stream of tokens."""
     if isinstance(config.objective, ValueConfig) and config.data.has_records:
@@ -99,14 +80,18 @@ def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) 
     return prepare(config.data, config.tokenizer, progress=progress)
 
 
-def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
+def build(config: ExperimentConfig, *, progress: Progress | None = None) -> Experiment:
     """Prepare the data and build every part.
+
+    Args:
+        config: the experiment.
+        progress: told how far the preparation of data is.
 
     Raises:
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare_data(config, progress=_said_once(say))
+    prepared = prepare_data(config, progress=progress)
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,
@@ -117,6 +102,9 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         seed=config.seed,
         validation_sequences=config.data.validation_sequences,
         total_steps=config.trainer.steps(config.data.sequence_length),
+        length_start=config.data.length_start,
+        length_warmup_steps=config.data.length_warmup_steps,
+        shares=config.data.shares(),
     )
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size, say=say)
     module = LanguageModule(

@@ -62,8 +62,8 @@ COMMANDS: dict[str, Command] = {
         "schema", "schema --out conf/schema")),
     "convert": Command("convert:main", "checkpoints to and from Hugging Face", "from=RUN|FOLDER out=FOLDER [KEY=VALUE …]", (
         "convert from=RUN to=huggingface out=exported", "convert from=downloaded/llama to=native out=llama")),
-    "compare": Command("compare:main", "the cells of a sweep side by side, with pictures", "SWEEP", (
-        "compare runs/sweeps/2026-01-31_12-00-00_000000", "compare SWEEP")),
+    "compare": Command("compare:main", "runs side by side, or the cells of a sweep", "RUN RUN … | SWEEP [by=MEASURE] [--json]", (
+        "compare runs/a runs/b by=infill_bits_per_byte", "compare SWEEP")),
     "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
         "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip

@@ -131,6 +131,12 @@ class DefaultLMHeadConfig(LMHeadConfig):
     name: str = "default"
     bias: bool | None = None
     """Learned bias [V]. None: True, as in OLMo-core, unless tied."""
+    steps_ahead: int = 0
+    """Steps predicted beyond the next token (objective=multi_token): d_model² numbers each, before the shared projection."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.steps_ahead >= 0, "steps_ahead", "0 or more")
 
     def build(
         self,
@@ -150,7 +156,7 @@ class DefaultLMHeadConfig(LMHeadConfig):
         return (not self.is_tied) if self.bias is None else self.bias
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
-        return self._size(d_model, vocab_size, bias=self.has_bias)
+        return self._size(d_model, vocab_size, bias=self.has_bias) + self.steps_ahead * d_model**2
 
 
 @heads.register("normalized")
