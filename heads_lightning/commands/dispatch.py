@@ -62,10 +62,10 @@ COMMANDS: dict[str, Command] = {
         "config objective=mlm head=mlm", "config experiment=fim_proof --json")),
     "schema": Command("schema:main", "JSON Schema of configuration files, for editors", "[GROUP] [--out FOLDER]", (
         "schema", "schema --out conf/schema")),
-    "convert": Command("convert:main", "checkpoints to and from Hugging Face", "[KEY=VALUE …]", (
-        "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
-    "compare": Command("compare:main", "the cells of a sweep side by side, with pictures", "SWEEP", (
-        "compare runs/sweeps/2026-01-31_12-00-00_000000", "compare SWEEP")),
+    "convert": Command("convert:main", "checkpoints to and from Hugging Face", "from=RUN|FOLDER out=FOLDER [KEY=VALUE …]", (
+        "convert from=RUN to=huggingface out=exported", "convert from=downloaded/llama to=native out=llama")),
+    "compare": Command("compare:main", "runs side by side, or the cells of a sweep", "RUN RUN … | SWEEP [by=MEASURE] [--json]", (
+        "compare runs/a runs/b by=infill_bits_per_byte", "compare SWEEP")),
     "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
         "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip

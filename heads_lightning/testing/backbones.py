@@ -25,7 +25,8 @@ def check_backbone(config: BackboneConfig, *, vocab_size: int = 61) -> None:
     assert supported, f"backbone={config.name} supports no attention"
     model = enlarged(config, vocab_size)
     assert list(model.embedding.weight.shape) == [vocab_size, config.d_model], "the embedding is not [V, D]"
-    assert (model.d_model, model.supports) == (config.d_model, type(config).supports), "module and config disagree on d_model or supports"
+    declared = config.d_model, type(config.described()).supports
+    assert (model.d_model, model.supports) == declared, "module and config disagree on d_model or supports"
     one_sequence = [attention for attention in supported if attention != Attention.encoder_decoder]
     for attention in one_sequence:
         check_sight(model, attention)
