@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +81,13 @@ def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) 
     return prepare(config.data, config.tokenizer, progress=progress)
 
 
-def build(config: ExperimentConfig, *, progress: Progress | None = None) -> Experiment:
+def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Callable[[str], None] = print) -> Experiment:
     """Prepare the data and build every part.
 
     Args:
         config: the experiment.
         progress: told how far the preparation of data is.
+        say: told which weights come from elsewhere.
 
     Raises:
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
