@@ -183,7 +183,7 @@ class Probes:
         return (
             f"{_count(parameters)} parameters ({parts}); {made.flops_per_token:.2e} FLOPs a token; "
             f"{_size(memory.total)} a device ({bytes_}); {made.tokens_per_step:,} positions a step, {made.steps:,} steps, "
-            f"{made.passes:.2g} passes; {made.flops:.1e} FLOPs, at {MFU:.0%} of the peak of {self.config.trainer.world_size} device(s): {hours}"
+            f"{made.passes:.2g} passes; {made.flops:.1e} FLOPs, at {MFU:.0%} of peak on {self.config.trainer.world_size} device(s): {hours}"
         )
 
     def cost(self) -> Plan:

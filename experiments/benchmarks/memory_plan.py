@@ -3,8 +3,8 @@
     python experiments/benchmarks/memory_plan.py
 
 Each configuration runs a few optimizer steps in a process of its own, twice. `tensors` is the largest sum of all live tensors, counted at
-every operation: what torch.cuda.max_memory_allocated counts on a GPU, and what a plan is of (target: within 15 %). `resident` is the peak of
-the process's memory less that of a tiny model before: it adds what malloc keeps of freed blocks and the scratch of kernels.
+every operation: what torch.cuda.max_memory_allocated counts on a GPU, and what a plan is of (target: within 15 %). `resident` is the peak
+of the process's memory less that of a tiny model before: it adds what malloc keeps of freed blocks and the scratch of kernels.
 """
 
 import json
