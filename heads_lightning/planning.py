@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -157,10 +158,8 @@ def _optimizer_bytes(config: ExperimentConfig, backbone: Any, head: Any) -> int:
 
 def _batch(sample: Examples, rows: int, attention: Attention) -> Batch:
     """`rows` rows like those of the sample, repeated where it has fewer."""
-    repeated = {
-        name: None if array is None else array[[i % len(array) for i in range(rows)]] for name, array in sample._asdict().items()
-    }  # fmt: skip
-    return Batch.from_examples(Examples(**repeated), attention)
+    repeated = {name: array[np.arange(rows) % len(array)] for name, array in sample._asdict().items() if array is not None}
+    return Batch.from_examples(sample._replace(**repeated), attention)
 
 
 def activation_bytes(backbone: Any, batch: Batch, autocast: torch.dtype | None) -> int:
@@ -174,9 +173,9 @@ def activation_bytes(backbone: Any, batch: Batch, autocast: torch.dtype | None) 
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        weights = {name: nn.Parameter(torch.empty_like(p, device="cpu")) for name, p in backbone.named_parameters()}
-        weights |= {name: torch.empty_like(b, device="cpu") for name, b in backbone.named_buffers()}  # pyright: ignore[reportAssignmentType]
-        faked = Batch(*(fake.from_tensor(value) if isinstance(value, Tensor) else value for value in batch))
+        weights: dict[str, Tensor] = {name: nn.Parameter(torch.empty_like(p, device="cpu")) for name, p in backbone.named_parameters()}
+        weights |= {name: torch.empty_like(b, device="cpu") for name, b in backbone.named_buffers()}
+        faked = batch._replace(**{name: fake.from_tensor(value) for name, value in batch._asdict().items() if isinstance(value, Tensor)})
         own = {_storage(weight) for weight in weights.values()}
         kept: dict[int, Tensor] = {}
 

@@ -22,6 +22,7 @@ from heads_lightning.composition import machine_problems
 from heads_lightning.configs.backbone import BackboneConfig
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.data.stream import rows_of
 from heads_lightning.experiment import Experiment, build, build_model
 from heads_lightning.planning import Plan, plan
 from heads_lightning.registry import ConfigError
@@ -114,8 +115,7 @@ class Probes:
     @cached_property
     def batch(self) -> Batch:
         """A few rows for the toy model."""
-        few = Examples(*(None if array is None else np.ascontiguousarray(array[:ROWS]) for array in self.examples))
-        return Batch.from_examples(_shortened(few, LONGEST), self.experiment.objective.attention)
+        return Batch.from_examples(_shortened(rows_of(self.examples, 0, ROWS), LONGEST), self.experiment.objective.attention)
 
     def _toy_model(self) -> tuple[Any, Any]:
         return build_model(self.experiment.config, self.experiment.prepared.tokenizer.vocabulary.size)
@@ -289,8 +289,8 @@ def _shortened(made: Examples, longest: int) -> Examples:
     """The first positions of every row; the head's parts of a batch that are per row stay as they are."""
     if made.tokens_BS.shape[1] <= longest or made.counts_B is not None:
         return made
-    cut = {name: array[:, :longest] if array is not None and array.ndim == 2 else array for name, array in made._asdict().items()}
-    return Examples(**{name: None if array is None else np.ascontiguousarray(array) for name, array in cut.items()})
+    wide = {name: array for name, array in made._asdict().items() if array is not None and array.ndim == 2}
+    return made._replace(**{name: np.ascontiguousarray(array[:, :longest]) for name, array in wide.items()})
 
 
 def _follows(made: Examples) -> np.ndarray:

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from heads_lightning.batch import IGNORE
+from heads_lightning.batch import IGNORE, Batch
 from heads_lightning.commands import check as command
 from heads_lightning.composition import compose
+from heads_lightning.data.stream import rows_of
+from heads_lightning.experiment import build_model
 from heads_lightning.heads.default import DefaultLMHead
 from heads_lightning.planning import plan
 from heads_lightning.preflight import Probes, Row, preflight, toy
@@ -139,14 +141,8 @@ def test_the_plan_of_activations_is_what_autograd_keeps(overrides: list[str]) ->
     """On real tensors: the storages that the backward pass holds, weights left out."""
     found = probes(overrides, "trainer.micro_batch_size=8")
     planned = found.cost().memory.activations
-    config = replace(found.config)
-    from heads_lightning.batch import Batch
-    from heads_lightning.experiment import build_model
-
-    backbone, _ = build_model(config, found.experiment.prepared.tokenizer.vocabulary.size)
-    batch = Batch.from_examples(
-        type(found.examples)(*(a if a is None else a[:8] for a in found.examples)), found.experiment.objective.attention
-    )
+    backbone, _ = build_model(found.config, found.experiment.prepared.tokenizer.vocabulary.size)
+    batch = Batch.from_examples(rows_of(found.examples, 0, 8), found.experiment.objective.attention)
     own = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
     kept: dict[int, Tensor] = {}
 
