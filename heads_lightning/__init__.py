@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from heads_lightning.composition import compose
     from heads_lightning.configs.t5 import T5Config
     from heads_lightning.heads.value import ValueHead
+    from heads_lightning.library import build, infill, load, train
     from heads_lightning.t5_model import T5LMHead, T5Model
     from heads_lightning.value_models import (
         AutoModelForCausalLMWithValueHead,
@@ -41,10 +42,14 @@ __all__ = [
     "T5Model",
     "ValueHead",
     "__version__",
+    "build",
     "compose",
     "create_reference_model",
+    "infill",
+    "load",
     "t5_extended_attention_mask",
     "t5_position_ids",
+    "train",
 ]
 _LATER = {
     "composition": ("compose",),
@@ -53,6 +58,7 @@ _LATER = {
     "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
     "configs.t5": ("T5Config",),
     "heads.value": ("ValueHead",),
+    "library": ("build", "infill", "load", "train"),
     "t5_model": ("T5LMHead", "T5Model"),
     "value_models": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "create_reference_model"),
 }

@@ -27,7 +27,7 @@ LAYERS: dict[str, float] = {
     "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4, "span_filling": 4.5,
     "bigs_config": 4, "bigs_models": 4.5, "auto_classes": 4.8,
     "scoring": 5, "conversion": 5, "t5_parallel": 5.1, "testing": 5, "value_models": 5,
-    "value_export": 5.2, "summary": 5.3, "run": 5.6, "sweeps": 5.8,
+    "value_export": 5.2, "summary": 5.3, "run": 5.6, "library": 5.7, "sweeps": 5.8,
     "commands": 6, "__main__": 7,
 }  # fmt: skip
 """Parts of the package by layer; a part not named here is on layer 5."""
