@@ -60,6 +60,8 @@ COMMANDS: dict[str, Command] = {
         "config objective=mlm head=mlm", "config experiment=fim_proof --json")),
     "schema": Command("schema:main", "JSON Schema of configuration files, for editors", "[GROUP] [--out FOLDER]", (
         "schema", "schema --out conf/schema")),
+    "new": Command("new:main", "a working part of your own to start from", "head|objective|backbone|loss|study NAME [package=NAME]", (
+        "new head my_head", "new objective my_objective package=my_lab")),
     "convert": Command("convert:main", "checkpoints to and from Hugging Face", "[KEY=VALUE …]", (
         "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
     "compare": Command("compare:main", "the cells of a sweep side by side, with pictures", "SWEEP", (
