@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from heads_lightning.bigs_models import BiGSForCausalLM, BiGSForMaskedLM, BiGSModel
     from heads_lightning.composition import compose
     from heads_lightning.configs.t5 import T5Config
+    from heads_lightning.heads import LMHead, LMOutputWithLoss, MLMHead, NormalizedLMHead
     from heads_lightning.heads.value import ValueHead
     from heads_lightning.library import build, infill, load, train
+    from heads_lightning.losses import linear_cross_entropy
     from heads_lightning.t5_model import T5LMHead, T5Model
     from heads_lightning.value_models import (
         AutoModelForCausalLMWithValueHead,
@@ -34,9 +36,13 @@ __all__ = [
     "BiGSForCausalLM",
     "BiGSForMaskedLM",
     "BiGSModel",
+    "LMHead",
     "LMHeadConfig",
     "LMHeadType",
     "LMLossImplementation",
+    "LMOutputWithLoss",
+    "MLMHead",
+    "NormalizedLMHead",
     "T5Config",
     "T5LMHead",
     "T5Model",
@@ -46,6 +52,7 @@ __all__ = [
     "compose",
     "create_reference_model",
     "infill",
+    "linear_cross_entropy",
     "load",
     "t5_extended_attention_mask",
     "t5_position_ids",
@@ -57,8 +64,10 @@ _LATER = {
     "bigs_models": ("BiGSForCausalLM", "BiGSForMaskedLM", "BiGSModel"),
     "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
     "configs.t5": ("T5Config",),
+    "heads": ("LMHead", "LMOutputWithLoss", "MLMHead", "NormalizedLMHead"),
     "heads.value": ("ValueHead",),
     "library": ("build", "infill", "load", "train"),
+    "losses": ("linear_cross_entropy",),
     "t5_model": ("T5LMHead", "T5Model"),
     "value_models": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "create_reference_model"),
 }

@@ -49,7 +49,11 @@ def test_the_parts_of_a_new_plugin_work_as_they_are(tmp_path, monkeypatch, capsy
     written = "\n".join(path.read_text() for path in tmp_path.rglob("*.py"))
     assert not [old for old in ("my_parts", "low_rank", "LowRank", "min_gru", "MinGRU", "ReverseConfig", "checkpointed") if old in written]
     overrides = [f"{kind}={name}" for kind, name in PARTS.items()]
-    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "HEADS_LIGHTNING_PLUGINS": "my_lab", "HEADS_LIGHTNING_STRICT_PLUGINS": "1"}
+    environment = {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+        "HEADS_LIGHTNING_PLUGINS": "my_lab",
+        "HEADS_LIGHTNING_STRICT_PLUGINS": "1",
+    }
     run(tmp_path, list(PARTS.values()), tiny(tmp_path, *overrides, "backbone.d_model=32", "backbone.num_layers=2"), environment)
     assert list((tmp_path / "runs").glob("turned_round-my_head-small_net/*/summary.txt"))
 
