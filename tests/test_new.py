@@ -74,8 +74,7 @@ def test_a_new_study_runs_and_makes_its_table(tmp_path, monkeypatch, capsys):
     assert main(["new", "study", "fim_or_not"]) == 0
     command = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])[1:]
     changes = ["seed=0", "backbone.d_model=32", "backbone.num_layers=1", "hydra.sweep.dir=swept"]
-    overrides = [o for o in tiny(tmp_path, *changes)[1:] if not o.startswith("data.include")]
-    assert main([*command, *overrides, "data.include=[json/*.py]"]) == 0, capsys.readouterr().err
+    assert main([*command, *tiny(tmp_path, *changes)[1:]]) == 0, capsys.readouterr().err
     table = subprocess.run([sys.executable, "experiments/fim_or_not/analysis.py", "swept"], capture_output=True, text=True, check=True,
                            env={**os.environ, "PYTHONPATH": str(ROOT)}).stdout.splitlines()  # fmt: skip
     assert [row.split(" | ")[0] for row in table[2:]] == ["| causal", "| fim"]

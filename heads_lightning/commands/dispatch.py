@@ -68,6 +68,8 @@ COMMANDS: dict[str, Command] = {
         "convert from=RUN to=huggingface out=exported", "convert from=downloaded/llama to=native out=llama")),
     "compare": Command("compare:main", "runs side by side, or the cells of a sweep", "RUN RUN … | SWEEP [by=MEASURE] [--json]", (
         "compare runs/a runs/b by=infill_bits_per_byte", "compare SWEEP")),
+    "ui": Command("ui:main", "MLflow's pages on the store of the runs", "[run_root=FOLDER] [uri=STORE] [port=N]", (
+        "ui", "ui run_root=elsewhere port=8080")),
     "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
         "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip
