@@ -2,8 +2,8 @@
 
     python experiments/tabulate.py STUDY SWEEP_FOLDER --by KEY [KEY …] --measures NAME [NAME …]
 
-`STUDY` is a folder below experiments/. Cells that differ in `seed` alone are one row. The README's table stands between two marker lines and
-is written anew; everything in it comes from `results.json`, which is committed beside it.
+`STUDY` is a folder below experiments/. Cells that differ in `seed` alone are one row. The README's table stands between two marker lines
+and is written anew; everything in it comes from `results.json`, which is committed beside it.
 """
 
 from __future__ import annotations

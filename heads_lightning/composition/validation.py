@@ -21,6 +21,8 @@ from heads_lightning.configs.t5 import OUTPUTS, STYLES, T5Config, T5LMHeadConfig
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.registry import ConfigError
 
+MOST_NAMED = 4
+"""Options that a refusal names."""
 FIM_LEAST = 8
 """Positions that fill-in-the-middle needs: four markers and a token or two of each part."""
 
@@ -50,7 +52,7 @@ def _attention(config: ExperimentConfig) -> Iterator[str]:
         able = [
             " with ".join(filter(None, (f"backbone={name}", _overrides(cls.fields_for(wanted)))))
             for name, cls in backbones.items()
-            if wanted in cls.supports
+            if wanted in cls.supports and not cls.builds_another
         ]
         if here := config.backbone.fields_for(wanted):
             able = [_overrides(here)]
@@ -105,7 +107,8 @@ def _values(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _either(names: list[str]) -> str:
-    return " or ".join(names) or "another part (none of those installed fits)"
+    shown = [*names[:MOST_NAMED], *([f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else [])]
+    return " or ".join(shown) or "another part (none of those installed fits)"
 
 
 def _tied(config: ExperimentConfig) -> Iterator[str]:

@@ -35,6 +35,8 @@ class BackboneConfig(Option):
     group: ClassVar[str] = "backbone"
     supports: ClassVar[frozenset[Attention]] = frozenset()
     """Attention kinds that it can give; an objective that needs another is refused while composing."""
+    builds_another: ClassVar[bool] = False
+    """True: the option takes its config from a checkpoint, and is no architecture of its own."""
     boundless_position: ClassVar[str] = "rotary"
     """Value of a field `position` that has no longest sequence, to be suggested where one is exceeded."""
 
