@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from heads_lightning.scoring import Sample
 
 FILE = "report.html"
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 240, 56, 34, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 250, 80, 44, 12
 """Of a picture and its margins, in SVG units."""
 PICTURES = {
     "Loss": ("train/loss", "val/loss"),
@@ -39,11 +39,12 @@ h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; }
 svg text { fill: currentColor; font-size: 13px; } .grid { stroke: var(--line); }
-polyline, circle { vector-effect: non-scaling-stroke; } .one { stroke: var(--one); } .two { stroke: var(--two); stroke-dasharray: 6 3; }
+polyline, circle { vector-effect: non-scaling-stroke; } .key-one { color: var(--one); } .key-two { color: var(--two); }
+.one { stroke: var(--one); } .two { stroke: var(--two); stroke-dasharray: 6 3; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
   border-bottom: 1px solid var(--line); } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 0; }
-pre.page { padding: .75rem; border: 1px solid var(--line); }
+pre.page { white-space: pre; overflow-x: auto; overflow-wrap: normal; padding: .75rem; border: 1px solid var(--line); }
 .sample { border: 1px solid var(--line); padding: .75rem; margin: .75rem 0; }
 .prefix { background: var(--prefix); } .middle { background: var(--middle); } .suffix { background: var(--suffix); }
 .key span { padding: 0 .5rem; margin-right: .5rem; }
@@ -150,10 +151,10 @@ def _picture(title: str, names: Sequence[str], points: Sequence[Point]) -> str:
             lines.append(
                 f"<circle class='{style}' fill='none' stroke-width='2' r='3' cx='{x_of(curve[0][0]):.1f}' cy='{y_of(curve[0][1]):.1f}'/>"
             )
-        key.append(f"{name} {'—' if style == 'one' else '- -'}")
-    label = f"{', '.join(key)}" + (f"; {missing} values were not finite" if missing else "")
+        key.append(f"<span class='key-{style}'>{'—' if style == 'one' else '- -'} {escape(name)}</span>")
+    label = "  ".join(key) + (f"; {missing} values were not finite" if missing else "")
     drawing = "".join(lines)
-    return (f"<figure><figcaption>{escape(title)} <span class='mute'>{escape(label)}</span></figcaption>"
+    return (f"<figure><figcaption>{escape(title)} <small>{label}</small></figcaption>"
             f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(title)} by optimizer step'>"
             f"{_axes(min(xs), max(xs), min(ys), max(ys), x_of, y_of)}{drawing}</svg></figure>")  # fmt: skip
 
@@ -172,14 +173,18 @@ def _scale(low: float, high: float, start: float, end: float) -> Any:
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
 def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_of: Any, y_of: Any) -> str:
     """Grid lines with their values: the ends and thirds of each axis."""
     parts = []
     for i in range(4):
         y, x = y_low + (y_high - y_low) * i / 3, x_low + (x_high - x_low) * i / 3
         parts.append(f"<line class='grid' x1='{LEFT}' x2='{WIDTH - 12}' y1='{y_of(y):.1f}' y2='{y_of(y):.1f}'/>")
-        parts.append(f"<text text-anchor='end' x='{LEFT - 6}' y='{y_of(y) + 4:.1f}'>{y:.3g}</text>")
-        parts.append(f"<text text-anchor='middle' x='{min(max(x_of(x), LEFT), WIDTH - 24):.1f}' y='{HEIGHT - 14}'>{x:.0f}</text>")
+        parts.append(f"<text text-anchor='end' x='{LEFT - 6}' y='{y_of(y) + 4:.1f}'>{_tick(y)}</text>")
+        parts.append(f"<text text-anchor='middle' x='{min(max(x_of(x), LEFT), WIDTH - 24):.1f}' y='{HEIGHT - 26}'>{x:,.0f}</text>")
         if x_low == x_high or y_low == y_high:
             break
-    return "".join([*parts, f"<text text-anchor='middle' x='{(LEFT + WIDTH) / 2}' y='{HEIGHT}'>optimizer step</text>"])
+    return "".join([*parts, f"<text text-anchor='middle' x='{(LEFT + WIDTH) / 2}' y='{HEIGHT - 6}'>optimizer step</text>"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from heads_lightning.html_report import MOST_POINTS, thinned, write_report
+from heads_lightning.html_report import LEFT, MOST_POINTS, TOP, thinned, write_report
 from heads_lightning.scoring import Sample
 
 EVIL = "<script>alert('x')</script>"
@@ -77,7 +77,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(run_dir):
 def test_a_curve_is_drawn_where_its_values_are(run_dir):
     page = write_report(run_dir, name="x", config_yaml="", numbers={}).read_text()
     points = [tuple(map(float, p.split(","))) for p in re.search(r"<polyline class='one'.*?points='(.*?)'", page)[1].split()]  # pyright: ignore
-    assert points[0] == (56, 12)  # the first and largest loss: left, top
+    assert points[0] == (LEFT, TOP)  # the first and largest loss: left, top
     assert points[-1][0] == 628
     assert len(points) == MOST_POINTS
     assert [y for _, y in points] == sorted(y for _, y in points)  # the loss falls: down the page
