@@ -23,7 +23,7 @@ class Tags(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.seen: list[str] = []
-        self.addresses: list[str] = []
+        self.addresses: list[str | None] = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
