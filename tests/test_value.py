@@ -582,7 +582,7 @@ def test_how_a_batch_is_cut_changes_nothing(tiny: list[str], tmp_path: Path, kin
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+@pytest.mark.parametrize("kind", ["sequences", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, kind: str) -> None:
     """O8 on two ranks (DDP): the same gradients, the same metrics."""
     overrides = [*tiny, *VALUE, *KINDS[kind], *LINEAR]
