@@ -39,9 +39,10 @@ measure: $(STAMP) ## the toolkit's own costs, into experiments/benchmarks/result
 	cd experiments/benchmarks && ../../$(BIN)/python step.py --rounds 12 --steps 16 > results/step.txt
 	cd experiments/benchmarks && ../../$(BIN)/python tracking.py > results/tracking.txt
 
-format: $(STAMP) ## rewrite files in the project's format
+format: $(STAMP) ## rewrite files in the project's format, and the schemas of conf/
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/heads-lightning schema --out conf/schema
 
 clean: ## remove the environment and build leftovers (runs stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

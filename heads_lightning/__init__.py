@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from heads_lightning.configs.t5 import T5Config
     from heads_lightning.heads import LMHead, LMOutputWithLoss, MLMHead, NormalizedLMHead
     from heads_lightning.heads.value import ValueHead
+    from heads_lightning.library import build, infill, load, train
     from heads_lightning.losses import linear_cross_entropy
     from heads_lightning.t5_model import T5LMHead, T5Model
     from heads_lightning.value_models import (
@@ -47,11 +48,15 @@ __all__ = [
     "T5Model",
     "ValueHead",
     "__version__",
+    "build",
     "compose",
     "create_reference_model",
+    "infill",
     "linear_cross_entropy",
+    "load",
     "t5_extended_attention_mask",
     "t5_position_ids",
+    "train",
 ]
 _LATER = {
     "composition": ("compose",),
@@ -61,6 +66,7 @@ _LATER = {
     "configs.t5": ("T5Config",),
     "heads": ("LMHead", "LMOutputWithLoss", "MLMHead", "NormalizedLMHead"),
     "heads.value": ("ValueHead",),
+    "library": ("build", "infill", "load", "train"),
     "losses": ("linear_cross_entropy",),
     "t5_model": ("T5LMHead", "T5Model"),
     "value_models": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "create_reference_model"),

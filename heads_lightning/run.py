@@ -4,6 +4,7 @@ The run folder explains itself:
 
     config.yaml       the resolved config: rebuilds the run        metrics.jsonl     every logged point
     checkpoints/      step-00000100.ckpt …                         summary.txt       what was printed at the end
+    report.html       all of it on one page to look at
     mlflow.json       where MLflow has the same facts              evaluation.json   the numbers of the summary
 """
 
@@ -29,6 +30,7 @@ from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
 from heads_lightning.heads.value import ValueHead
+from heads_lightning.html_report import write_report
 from heads_lightning.losses.value import ValueStatistics
 from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
@@ -243,5 +245,7 @@ def _conclude(
     )
     (run_dir / "summary.txt").write_text(text)
     log.log_text("summary.txt", text)
+    numbers = metrics.latest | (result.report.metrics() if result.report else {})
+    log.log_file(write_report(run_dir, name=config.name, config_yaml=to_yaml(config), numbers=numbers, samples=samples, summary=text))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     return result

@@ -77,7 +77,8 @@ def run_dir_of(folder: Path, command: str) -> Path:
 
 def write_package(folder: Path) -> None:
     """A copy of the package and of conf/, with the loss implementation of the walkthrough."""
-    shutil.copytree(ROOT / "heads_lightning", folder / "heads_lightning", ignore=shutil.ignore_patterns("__pycache__"))
+    for package in ("heads_lightning", "hydra_plugins"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "conf", folder / "conf")
     config = folder / "heads_lightning/configs/head.py"
     last = '    auto = "auto"\n'

@@ -67,7 +67,7 @@ def test_mlflow_has_the_same_facts(trained: Path) -> None:
     assert len(client.get_metric_history(sidecar["run_id"], "train/loss")) == 4
     assert run.data.metrics["eval/infill_bits_per_byte"] == json.loads((trained / "evaluation.json").read_text())["infill_bits_per_byte"]
     names = {artifact.path for artifact in client.list_artifacts(sidecar["run_id"])}
-    assert {"config.yaml", "samples.txt", "summary.txt", "loss.png"} <= names
+    assert {"config.yaml", "samples.txt", "summary.txt", "loss.png", "report.html"} <= names
 
 
 def test_infill_takes_files_words_and_standard_input(trained: Path, tmp_path: Path) -> None:

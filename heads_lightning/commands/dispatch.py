@@ -62,10 +62,14 @@ COMMANDS: dict[str, Command] = {
         "config objective=mlm head=mlm", "config experiment=fim_proof --json")),
     "schema": Command("schema:main", "JSON Schema of configuration files, for editors", "[GROUP] [--out FOLDER]", (
         "schema", "schema --out conf/schema")),
+    "new": Command("new:main", "a working part of your own to start from", "head|objective|backbone|loss|study NAME [package=NAME]", (
+        "new head my_head", "new objective my_objective package=my_lab")),
     "convert": Command("convert:main", "checkpoints to and from Hugging Face", "from=RUN|FOLDER out=FOLDER [KEY=VALUE …]", (
         "convert from=RUN to=huggingface out=exported", "convert from=downloaded/llama to=native out=llama")),
     "compare": Command("compare:main", "runs side by side, or the cells of a sweep", "RUN RUN … | SWEEP [by=MEASURE] [--json]", (
         "compare runs/a runs/b by=infill_bits_per_byte", "compare SWEEP")),
+    "ui": Command("ui:main", "MLflow's pages on the store of the runs", "[run_root=FOLDER] [uri=STORE] [port=N]", (
+        "ui", "ui run_root=elsewhere port=8080")),
     "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
         "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip

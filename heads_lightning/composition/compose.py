@@ -25,6 +25,14 @@ def compose(overrides: Sequence[str] = (), *, config_dir: str | Path | None = No
 
     Raises:
         ConfigError: one line that says what was given, what is allowed and the override that works.
+
+    >>> from heads_lightning import compose
+    >>> config = compose(["objective=mlm", "head=mlm", "trainer.max_steps=10"])
+    >>> config.name, config.trainer.max_steps
+    ('mlm-mlm-transformer', 10)
+    >>> compose(["objective=mln"])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    heads_lightning.registry.ConfigError: objective=mln does not exist. Did you mean objective=mlm? Available: ...
     """
     return to_experiment(compose_tree(overrides, config_dir=config_dir, config_name=config_name), overrides)
 
