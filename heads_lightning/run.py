@@ -25,7 +25,7 @@ from rich.console import Console
 from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.evaluation import Report
-from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
+from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, load, tokenizer_files
 from heads_lightning.heads.value import ValueHead
 from heads_lightning.losses.value import ValueStatistics
 from heads_lightning.registry import ConfigError
@@ -200,6 +200,14 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
     )
 
 
+def _trained(experiment: Experiment, step: int, path: Path) -> TrainedModel:
+    """The model that was trained; where this rank holds a share of it only, from its checkpoint."""
+    if experiment.config.trainer.is_sharded:
+        return load(str(path))
+    module = experiment.module
+    return TrainedModel(experiment.config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), step, path)
+
+
 def _conclude(
     experiment: Experiment,
     run_dir: Path,
@@ -217,9 +225,7 @@ def _conclude(
     if not trainer.is_global_zero:
         return result
     if config.evaluation.enabled:
-        module = experiment.module
-        model = TrainedModel(config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), trainer.global_step, path)
-        outcome = evaluate(model, experiment.prepared)
+        outcome = evaluate(_trained(experiment, trainer.global_step, path), experiment.prepared)
         result.report, samples = outcome.report, outcome.samples
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))

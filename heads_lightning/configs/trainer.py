@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from heads_lightning.configs.base import Option
+from heads_lightning.configs.base import DType, Option
 from heads_lightning.registry import ConfigError, Registry, nearest
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
@@ -19,6 +19,10 @@ class Parallel(StrEnum):
     """One device: none. Several: data."""
     data = "data"
     """Every device holds the model and takes a share of the batch (DDP)."""
+    fsdp = "fsdp"
+    """Every device holds a share of the weights, gradients and optimizer state, and takes a share of the batch (FSDP2)."""
+    hsdp = "hsdp"
+    """fsdp inside groups of shard_size devices, data between the groups: the traffic of weights stays inside a group."""
 
 
 @dataclass
@@ -44,6 +48,14 @@ class TrainerConfig(Option):
     """Machines."""
     parallel: Parallel = Parallel.auto
     """How several devices share the work."""
+    shard_size: int | None = None
+    """Devices that share one copy of the model (hsdp only). None: those of one node."""
+    reshard: bool = True
+    """fsdp, hsdp: free a block's gathered weights after the forward pass and gather them again for the backward pass. False: a third
+    less traffic for the memory of all weights."""
+    gather_dtype: DType = DType.float32
+    """fsdp, hsdp: type of gathered weights. float32 gives the numbers of data parallelism; bfloat16 halves the traffic, and the residual
+    stream is bfloat16 too. Gradients are reduced, and weights kept, in float32."""
     precision: str = "auto"
     """auto (bf16-mixed where the processor multiplies bf16 faster than fp32, else 32-true), 32-true, bf16-mixed, bf16-true, 16-mixed."""
     compile: bool = False
@@ -87,6 +99,41 @@ class TrainerConfig(Option):
                 f"trainer.global_batch_size={self.global_batch_size} sequences cannot be shared evenly by "
                 f"{self.world_size} devices; use a multiple of {self.world_size}"
             )
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        """Refuse sizes that do not fit the number of devices."""
+        if self.shard_size is not None and self.parallel != Parallel.hsdp:
+            raise ConfigError(f"trainer.shard_size={self.shard_size} belongs to trainer.parallel=hsdp, not {self.parallel}; leave it out")
+        if not self.is_sharded:
+            return
+        if self.world_size == 1:
+            raise ConfigError(
+                f"trainer.parallel={self.parallel} needs several devices, not 1; use trainer.devices=2 or trainer.parallel=auto"
+            )
+        if self.precision == "16-mixed":
+            raise ConfigError(
+                f"trainer.precision=16-mixed does not go with trainer.parallel={self.parallel}; use trainer.precision=bf16-mixed"
+            )
+        if self.parallel == Parallel.hsdp and (self.world_size % self.shards or not 1 < self.shards < self.world_size):
+            fitting = [str(n) for n in range(2, self.world_size) if self.world_size % n == 0]
+            instead = f"use trainer.shard_size={' or '.join(fitting)}" if fitting else "use trainer.parallel=fsdp"
+            raise ConfigError(
+                f"trainer.parallel=hsdp cannot make groups of {self.shards} of {self.world_size} devices (each group shards one copy of "
+                f"the model, and there are several groups); {instead}"
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """A device holds a share of the weights."""
+        return self.parallel in (Parallel.fsdp, Parallel.hsdp)
+
+    @property
+    def shards(self) -> int:
+        """Devices that share one copy of the model."""
+        if self.parallel == Parallel.hsdp:
+            return self.shard_size or self.devices
+        return self.world_size if self.is_sharded else 1
 
     @property
     def world_size(self) -> int:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.configs.optimizer import AdamWConfig, MuonConfig, OptimizerConfig
@@ -73,7 +74,7 @@ def muon(config: MuonConfig, kinds: dict[str, list[nn.Parameter]]) -> torch.opti
     other = [p for p in kinds["matrices"] if p.ndim != 2] + kinds["projection"]
     if flat:
         parts.append(
-            torch.optim.Muon(
+            ShardableMuon(
                 flat,
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay,
@@ -86,6 +87,45 @@ def muon(config: MuonConfig, kinds: dict[str, list[nn.Parameter]]) -> torch.opti
     if groups:
         parts.append(_adamw(config, groups))
     return CombinedOptimizer(parts)
+
+
+class ShardableMuon(torch.optim.Muon):
+    """PyTorch's Muon, also over sharded matrices: momentum is kept in shards, the update is gathered once and orthogonalised by PyTorch's
+    own Muon on every rank, so that it is the update of one process. Its state is that of torch.optim.Muon."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Step whole parameters as PyTorch does, or sharded ones."""
+        if not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_sharded(parameter, group)
+        return None
+
+    def _step_sharded(self, parameter: DTensor, group: dict[str, Any]) -> None:
+        gradient = parameter.grad
+        assert isinstance(gradient, DTensor)
+        state, momentum = self.state[parameter], group["momentum"]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        held = state["momentum_buffer"]
+        held.lerp_(gradient, 1 - momentum)
+        update = gradient.lerp(held, momentum) if group["nesterov"] else held
+        change = _orthogonal_change(update.full_tensor(), group)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(distribute_tensor(change, parameter.device_mesh, parameter.placements, src_data_rank=None))
+
+
+def _orthogonal_change(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """What Muon adds to a matrix for an update that holds the momentum already."""
+    change = nn.Parameter(torch.zeros_like(update))
+    change.grad = update
+    options = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    torch.optim.Muon([change], weight_decay=0.0, momentum=0.0, nesterov=False, **options).step()
+    return change.detach()
 
 
 class CombinedOptimizer(torch.optim.Optimizer):
