@@ -26,7 +26,7 @@ from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.checkpoints import KEY, newest_checkpoint, read_checkpoint
+from heads_lightning.training.checkpoints import KEY, is_checkpoint, newest_checkpoint, read_checkpoint
 
 
 @dataclass
@@ -130,7 +130,7 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
 def find_checkpoint(reference: str, run_root: str = "runs") -> Path:
     """The checkpoint that `reference` names: a run folder (its newest), a checkpoint file, or an MLflow run id."""
     path = Path(reference).expanduser()
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     if path.is_dir():
         return newest_checkpoint(path)

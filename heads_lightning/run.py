@@ -32,9 +32,10 @@ from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
 from heads_lightning.training.agreement import SameConfig, settled_precision
-from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
+from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
+from heads_lightning.training.saving import CheckpointCallback
 from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
 from heads_lightning.training.trainer import build_trainer
 
@@ -113,8 +114,8 @@ def _fit(
     )
     checkpoints = CheckpointCallback(
         run_dir,
-        every_steps=config.trainer.checkpoint_every_steps,
-        keep=config.trainer.keep_checkpoints,
+        config.trainer,
+        seed=config.seed,
         record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
         warn=lambda message: console.print(message, style="yellow"),
     )

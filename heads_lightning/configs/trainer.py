@@ -25,6 +25,16 @@ class Parallel(StrEnum):
     """fsdp inside groups of shard_size devices, data between the groups: the traffic of weights stays inside a group."""
 
 
+class CheckpointFormat(StrEnum):
+    """How a checkpoint lies on disk. Each reads what the other wrote, on any number of devices."""
+
+    full = "full"
+    """One file, written by the first rank while training waits."""
+    distributed = "distributed"
+    """A folder that every rank writes its share of, while training goes on (PyTorch's distributed checkpoints). One that is being written
+    when a run is killed is lost: the run goes on from the one before it."""
+
+
 @dataclass
 class TrainerConfig(Option):
     """How long, on what and how carefully to train. Batch sizes are in sequences."""
@@ -66,6 +76,13 @@ class TrainerConfig(Option):
     """Optimizer steps between checkpoints; there is always one at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_best: int = 0
+    """Checkpoints to keep beside the newest, whatever their age: those with the best keep_best_metric. Only a step that is both saved and
+    validated has one."""
+    keep_best_metric: str = "val/loss"
+    """Metric of validation, lower is better, that keep_best goes by."""
+    checkpoint_format: CheckpointFormat = CheckpointFormat.full
+    """How a checkpoint lies on disk."""
     log_every_steps: int = 10
     """Optimizer steps between logged points; values in between are summed, not lost."""
     max_bad_steps: int = 5
@@ -80,6 +97,7 @@ class TrainerConfig(Option):
             "val_every_steps", "checkpoint_every_steps", "keep_checkpoints", "log_every_steps", "max_bad_steps",
         ):  # fmt: skip
             self.require(getattr(self, field) >= 1, field, "1 or more")
+        self.require(self.keep_best >= 0, "keep_best", "0 or more")
         for field in ("max_steps", "max_tokens"):
             self.require(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more, or null")
         if self.precision not in PRECISIONS:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from typing import Any
 
 import lightning
@@ -124,7 +125,7 @@ class ValidationLoader:
     def __init__(self, stream: Stream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int) -> None:
         self._stream, self._attention, self._micro_batch_size = stream, objective.attention, micro_batch_size
         self._start, self._stop = sequences * rank // world_size, sequences * (rank + 1) // world_size
-        self._batches = -(-(-(-sequences // world_size)) // micro_batch_size)
+        self._batches = ceil(ceil(sequences / world_size) / micro_batch_size)
 
     def __len__(self) -> int:
         return self._batches

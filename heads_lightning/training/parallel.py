@@ -10,6 +10,7 @@ whole gradients is what sharding is there to avoid.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
 from heads_lightning.configs.base import DType
-from heads_lightning.configs.trainer import TrainerConfig
+from heads_lightning.configs.trainer import CheckpointFormat, TrainerConfig
+from heads_lightning.training.distributed_checkpoints import read_folder
 
 SCORE = "score"
 """Method of the module that runs backbone and head: inside it, the weights that belong to no block are whole."""
@@ -61,7 +63,7 @@ class ShardedStrategy(ModelParallelStrategy):
         fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
         register_fsdp_forward_method(module, SCORE)
 
-    # -- checkpoints: whole tensors on the first rank ---------------------------------------------------------------------
+    # -- checkpoints: whole tensors on the first rank, or (distributed) every rank's own ------------------------------------
 
     @property
     @override
@@ -78,7 +80,9 @@ class ShardedStrategy(ModelParallelStrategy):
         return mapped(getattr(optimizer, "optimizer", optimizer).state_dict(), self._kept)
 
     def _kept(self, value: Tensor) -> Tensor:
-        """The whole tensor on the CPU of the first rank; the other ranks only take part in gathering it."""
+        """The whole tensor on the CPU of the first rank; the other ranks only take part in gathering it. Distributed: the share."""
+        if self.config.checkpoint_format == CheckpointFormat.distributed:
+            return value
         gathered = whole(value)
         return gathered.cpu() if self.is_global_zero else gathered.new_empty(0)
 
@@ -89,7 +93,24 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if Path(checkpoint_path).is_dir():
+            places = self._places()
+            return read_folder(
+                Path(checkpoint_path), lambda name, size: _place(places.get(name.rpartition(".")[0], places.get(name)), size)
+            )
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def _places(self) -> dict[str, Tensor]:
+        """Parameters and buffers by the name of their tensor in a checkpoint, and by the name of their entry in the optimizer's state."""
+        assert self.lightning_module is not None
+        places = {f"state_dict.{name}": value for name, value in self.lightning_module.state_dict().items()}
+        for i, optimizer in enumerate(self.optimizers):
+            several = hasattr(optimizer, "parts")
+            for j, part in enumerate(getattr(optimizer, "parts", [optimizer])):
+                path = f"optimizer_states.{i}.parts.{j}" if several else f"optimizer_states.{i}"
+                parameters = [p for group in part.param_groups for p in group["params"]]
+                places |= {f"{path}.state.{number}": parameter for number, parameter in enumerate(parameters)}
+        return places
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -102,6 +123,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(laid_out(state, optimizer))
+
+
+def _place(held: Tensor | None, size: torch.Size) -> Tensor | None:
+    """An empty tensor for this rank's share of one that is laid out as `held`."""
+    return torch.empty_like(held, requires_grad=False) if isinstance(held, DTensor) and held.shape == size else None
 
 
 def whole(value: Tensor) -> Tensor:
