@@ -26,6 +26,7 @@ from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
+from heads_lightning.training.blocks import prepare_blocks
 from heads_lightning.training.checkpoints import KEY, is_checkpoint, newest_checkpoint, read_checkpoint
 
 
@@ -111,15 +112,15 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         total_steps=config.trainer.steps(config.data.sequence_length),
     )
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
+    prepare_blocks(backbone, config.trainer)
     module = LanguageModule(
         backbone,
         head,
         optimizer=config.optimizer,
-        schedule=config.schedule,
+        schedule=config.schedule.in_steps(config.trainer.global_batch_size * config.data.sequence_length),
         total_steps=config.trainer.steps(config.data.sequence_length),
         parts=objective.parts,
         max_bad_steps=config.trainer.max_bad_steps,
-        compile=config.trainer.compile,
     )
     return Experiment(config, prepared, objective, datamodule, module)
 

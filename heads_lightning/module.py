@@ -42,7 +42,6 @@ class LanguageModule(lightning.LightningModule):
         total_steps: optimizer steps of the whole run.
         parts: names of the objective's loss components; validation reports each.
         max_bad_steps: steps in a row that may have a gradient that is not finite before the run stops.
-        compile: torch.compile the backbone's forward.
     """
 
     def __init__(
@@ -55,7 +54,6 @@ class LanguageModule(lightning.LightningModule):
         total_steps: int,
         parts: Sequence[str] = (),
         max_bad_steps: int = 5,
-        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -73,8 +71,6 @@ class LanguageModule(lightning.LightningModule):
         self._validation = Totals()
         self.statistics: list[float] = []
         """Of the head, summed over the latest validation (HeadLoss.statistics)."""
-        if compile:
-            self.backbone.compile()
 
     # -- training -----------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ MODELS = {
     "tied": ["objective=fim", "objective.rate=0.5", "head.tie_embeddings=true", *GRADIENT, *CLIPPED],
     "padded_t5": ["objective=span_corruption", "backbone=t5_tiny", "head=t5", "tokenizer.num_sentinels=20", *GRADIENT, *CLIPPED],
     "bigs": ["objective=mlm", "head=mlm", "backbone=bigs_tiny", *GRADIENT, *CLIPPED],
+    "recomputed": ["objective=causal", "backbone=transformer", "trainer.recompute_every=1", *GRADIENT, *CLIPPED],
+    "adamw_rms": ["objective=causal", "optimizer=adamw_rms", "optimizer.eps=1.0", *CLIPPED],
     "ngpt": ["objective=causal", "backbone=ngpt", "head=normalized", *GRADIENT, *CLIPPED],
 }
 MUON = ["objective=causal", "optimizer=muon", "optimizer.max_grad_norm=null", "trainer.max_steps=3", "trainer.micro_batch_size=4"]
@@ -63,6 +65,7 @@ def sharded(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases = {folder / model: [*of(model, tiny), *FSDP] for model in MODELS}
     for parallel in ("data", "fsdp"):
         cases[folder / f"muon_{parallel}"] = [*tiny, *FSDP, *MUON, f"trainer.parallel={parallel}"]
+    cases[folder / "bfloat16"] = [*of("mlm", tiny), *FSDP, "trainer.gather_dtype=bfloat16", "trainer.reshard=false"]
     train_ranks(cases)
     return folder
 
@@ -84,6 +87,25 @@ def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path) -> None
     differences = sorted(float((data[name] - fsdp[name]).abs().max()) for name in data if data[name].ndim == 2)
     assert differences[len(differences) // 2] < 1e-6
     assert differences[-1] < 3 * 2e-2 * 2**-8
+
+
+@pytest.mark.distributed
+def test_weights_gathered_as_bfloat16_cost_rounding_alone(sharded: Path) -> None:
+    exact, rounded = (curve(sharded / name, "train/loss") for name in ("mlm", "bfloat16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.01)  # bf16 keeps 8 bits
+
+
+@pytest.mark.distributed
+def test_groups_that_share_copies_give_the_weights_of_one_process_and_are_evaluated(tiny: list[str], tmp_path: Path) -> None:
+    """Four ranks, two copies in halves; the first rank evaluates the whole model, of which it held a half."""
+    overrides = [*of("fim_middle", tiny), "trainer.max_steps=2"]
+    hsdp = ["trainer.parallel=hsdp", "trainer.devices=4", "trainer.shard_size=2", "evaluation.enabled=true"]
+    train(compose(overrides), tmp_path / "one")
+    train_ranks({tmp_path / "four": [*overrides, *hsdp]}, ranks=4)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "four")) < 1e-6
+    assert curve(tmp_path / "four", "train/loss") == pytest.approx(curve(tmp_path / "one", "train/loss"), rel=1e-5)
+    assert (tmp_path / "four" / "evaluation.json").is_file()
 
 
 @pytest.mark.parametrize(
