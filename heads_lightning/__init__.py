@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from heads_lightning.bigs_models import BiGSForCausalLM, BiGSForMaskedLM, BiGSModel
     from heads_lightning.composition import compose
     from heads_lightning.configs.t5 import T5Config
+    from heads_lightning.heads import LMHead, LMOutputWithLoss, MLMHead, NormalizedLMHead
     from heads_lightning.heads.value import ValueHead
+    from heads_lightning.losses import linear_cross_entropy
     from heads_lightning.t5_model import T5LMHead, T5Model
     from heads_lightning.value_models import (
         AutoModelForCausalLMWithValueHead,
@@ -33,9 +35,13 @@ __all__ = [
     "BiGSForCausalLM",
     "BiGSForMaskedLM",
     "BiGSModel",
+    "LMHead",
     "LMHeadConfig",
     "LMHeadType",
     "LMLossImplementation",
+    "LMOutputWithLoss",
+    "MLMHead",
+    "NormalizedLMHead",
     "T5Config",
     "T5LMHead",
     "T5Model",
@@ -43,6 +49,7 @@ __all__ = [
     "__version__",
     "compose",
     "create_reference_model",
+    "linear_cross_entropy",
     "t5_extended_attention_mask",
     "t5_position_ids",
 ]
@@ -52,7 +59,9 @@ _LATER = {
     "bigs_models": ("BiGSForCausalLM", "BiGSForMaskedLM", "BiGSModel"),
     "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
     "configs.t5": ("T5Config",),
+    "heads": ("LMHead", "LMOutputWithLoss", "MLMHead", "NormalizedLMHead"),
     "heads.value": ("ValueHead",),
+    "losses": ("linear_cross_entropy",),
     "t5_model": ("T5LMHead", "T5Model"),
     "value_models": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "create_reference_model"),
 }

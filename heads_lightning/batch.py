@@ -50,7 +50,7 @@ class Examples(NamedTuple):
     segments_BS: np.ndarray | None = None
     """int32 [B, S]: number of the packed piece that a position belongs to (0, 1, …); PADDING for padding. None: one segment a row."""
     weights_BS: np.ndarray | None = None
-    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean is the count of targets either way."""
+    """float32 [B, S]: weight of each target in the loss. None: all 1. The denominator of a mean does not depend on it: see counts_B."""
     prefix_BS: np.ndarray | None = None
     """bool [B, S]: positions of a bidirectional prefix (Attention.prefix only)."""
     encoder_tokens_BT: np.ndarray | None = None
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
     num_targets: int
     """Targets in this micro-batch (Examples.counts_B), counted on the host: no loss has to synchronise with the device to know it."""
     step_targets: int
-    """Targets in this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
+    """`counted` of this rank's share of the whole optimizer step: its sum over the ranks divides the loss."""
     segments_BS: torch.Tensor | None = None
     weights_BS: torch.Tensor | None = None
     prefix_BS: torch.Tensor | None = None
@@ -85,6 +85,15 @@ class Batch(NamedTuple):
     part_BS: torch.Tensor | None = None
     values_BS: torch.Tensor | None = None
     old_values_BS: torch.Tensor | None = None
+    mean_over: int | None = None
+    """Tokens that the loss is a mean over (Examples.counts_B). None: the targets."""
+    num_padding: int = 0
+    """Padded positions."""
+
+    @property
+    def counted(self) -> int:
+        """Tokens that the loss of this micro-batch is a mean over."""
+        return self.num_targets if self.mean_over is None else self.mean_over
 
     @classmethod
     def from_examples(cls, examples: Examples, attention: Attention, *, step_targets: int | None = None) -> Batch:
@@ -92,14 +101,18 @@ class Batch(NamedTuple):
         import numpy as np
         import torch
 
-        counts_B = examples.counts_B
-        num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE) if counts_B is None else counts_B.sum())
-        tensors = {k: None if v is None else torch.from_numpy(v) for k, v in examples._asdict().items() if k != "counts_B"}
+        num_targets = int(np.count_nonzero(examples.labels_BS != IGNORE))
+        arrays = examples._asdict()
+        counts_B = arrays.pop("counts_B")
+        mean_over = None if counts_B is None else int(counts_B.sum())
+        counted = num_targets if mean_over is None else mean_over
         return cls(
-            **tensors,  # pyright: ignore[reportArgumentType]
+            **{k: None if v is None else torch.from_numpy(v) for k, v in arrays.items()},  # pyright: ignore[reportArgumentType]
             attention=attention,
             num_targets=num_targets,
-            step_targets=num_targets if step_targets is None else step_targets,
+            step_targets=counted if step_targets is None else step_targets,
+            mean_over=mean_over,
+            num_padding=0 if examples.segments_BS is None else int(np.count_nonzero(examples.segments_BS == PADDING)),
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:

@@ -10,15 +10,20 @@ together, so that no score suffers from an unusual split.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from heads_lightning.configs.evaluation import EvaluationConfig
+
+VERSION = 2
+"""Of the protocol: goes up when a question or a measure changes."""
 
 
 class HiddenLine(NamedTuple):
@@ -51,6 +56,52 @@ def hidden_lines(documents: list[str], config: EvaluationConfig) -> list[HiddenL
     count = min(config.infill_lines, len(places))
     chosen = [places[int((k + 0.5) * len(places) / count)] for k in range(count)]
     return [_hide(documents[d].split("\n"), i, config) for d, i in chosen]
+
+
+LONGEST_SPAN = 60
+"""Characters of a random stretch, at most: as many as a hidden line has."""
+
+
+def random_spans(documents: list[str], config: EvaluationConfig) -> list[HiddenLine]:
+    """`config.random_spans` stretches of 1 to 60 characters at fixed pseudo-random places of the documents."""
+    usable = [text for text in documents if len(text) > 2 * LONGEST_SPAN]
+    if not usable:
+        return []
+    edges = np.cumsum([len(text) - LONGEST_SPAN for text in usable])
+    draws = np.random.Generator(np.random.Philox(key=_SPAN_SEED)).random((config.random_spans, 2))
+    questions = []
+    for place, size in zip((draws[:, 0] * edges[-1]).astype(int).tolist(), draws[:, 1].tolist(), strict=True):
+        d = int(np.searchsorted(edges, place, side="right"))
+        start = place - (int(edges[d - 1]) if d else 0)
+        questions.append(_cut(usable[d], start, start + 1 + int(size * LONGEST_SPAN), config))
+    return questions
+
+
+_SPAN_SEED = 20_220_728
+
+
+def _cut(text: str, start: int, end: int, config: EvaluationConfig) -> HiddenLine:
+    prefix = text[max(start - config.prefix_characters, 0) : start]
+    suffix = text[end : end + config.suffix_characters]
+    return HiddenLine(prefix, text[start:end], suffix, "", "", begins_document=len(prefix) == start)
+
+
+def protocol(content_hash: str, validation_fraction: float, config: EvaluationConfig) -> str:
+    """12 digits that are equal where models were asked the same: the same documents held out, the same questions."""
+    asked = {k: v for k, v in asdict(config).items() if k not in ("enabled", "samples")}
+    told = json.dumps([VERSION, content_hash, validation_fraction, asked], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:12]
+
+
+def held_out_windows(stream: np.ndarray, length: int, max_tokens: int, rows: int = 16) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first, int64 [B, length + 1]) of windows that are spread evenly over the held-out stream."""
+    available = max((len(stream) - 1) // length, 1)
+    count = max(min(max_tokens // length, available), 1)
+    starts = [int(k * available / count) * length for k in range(count)]
+    for first in range(0, count, rows):
+        windows = [np.asarray(stream[start : start + length + 1], np.int64) for start in starts[first : first + rows]]
+        shortest = min(len(window) for window in windows)
+        yield first, np.stack([window[:shortest] for window in windows])
 
 
 def _hide(lines: list[str], i: int, config: EvaluationConfig) -> HiddenLine:
@@ -173,6 +224,8 @@ def _look_up(sorted_keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) ->
 class Report:
     """What an evaluation found. None: the model cannot be asked this."""
 
+    protocol: str = ""
+    """Of what was asked: reports are comparable where it is the same (held-out text, questions, version of the protocol)."""
     left_to_right_bits_per_byte: float | None = None
     left_to_right_refusal: str | None = None
     """Why there is no such score, where a reader would look for it."""
@@ -186,6 +239,18 @@ class Report:
     infill_edit_similarity: float | None = None
     infill_stopped: float | None = None
     """Share of infills that end by themselves within the allowed length."""
+    stop_accuracy: float | None = None
+    """Share of hidden lines after which, and not before, the end of the middle is the likeliest token, fed the true line."""
+    random_span_bits_per_byte: float | None = None
+    """Of random stretches of 1 to 60 characters, given prefix and suffix."""
+    random_span_prefix_bits_per_byte: float | None = None
+    """Of the same, given the prefix alone."""
+    random_span_exact_match: float | None = None
+    random_spans: int = 0
+    masked_bits_per_byte: float | None = None
+    """Of tokens hidden at 15 %, from both sides; no bound on the text."""
+    bound_bits_per_byte: float | None = None
+    """Masked diffusion: upper bound on the bits per byte of held-out text. The infilling numbers of such a model are bounds too."""
     hidden_lines: int = 0
     floors: Floors | None = None
     copy_accuracy_infill: float | None = None
@@ -198,6 +263,7 @@ class Report:
         """Flat numbers for tracking."""
         flat = asdict(self)
         inner = flat.pop("floors") or {}
+        flat.pop("protocol")
         flat.pop("left_to_right_refusal")
         flat |= {f"floor_{k}": v for k, v in inner.items()}
         return {f"eval/{k}": float(v) for k, v in flat.items() if v is not None}

@@ -20,14 +20,14 @@ from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData, Progress, prepare
 from heads_lightning.data.scored import PreparedRecords, prepare_records
-from heads_lightning.data.tokenizer import Tokenizer
+from heads_lightning.data.tokenizer import TOKENIZER_FILE, Tokenizer, from_huggingface
 from heads_lightning.heads.base import Head, LMHead
 from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
 from heads_lightning.training.blocks import prepare_blocks
-from heads_lightning.training.checkpoints import KEY, is_checkpoint, newest_checkpoint, read_checkpoint
+from heads_lightning.training.checkpoints import KEY, is_checkpoint, is_weights_folder, newest_checkpoint, read_checkpoint
 
 
 @dataclass
@@ -41,8 +41,13 @@ class Experiment:
     module: LanguageModule
 
 
-def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.device | str = "cpu") -> tuple[Backbone, Head]:
-    """Backbone and head, laid out on meta, then initialised on `device` from config.seed: the same weights on any device count."""
+def build_model(
+    config: ExperimentConfig, vocab_size: int, *, device: torch.device | str = "cpu", say: Callable[[str], None] | None = None
+) -> tuple[Backbone, Head]:
+    """Backbone and head, laid out on meta, then initialised on `device` from config.seed: the same weights on any device count.
+
+    With `say`, weights that the config takes from elsewhere are loaded, and it hears about them; without, the caller loads all weights.
+    """
     backbone = config.backbone.build(vocab_size=vocab_size, init_device="meta")
     head = build_head(config, backbone, vocab_size, init_device="meta")
     backbone.to_empty(device=device)
@@ -53,6 +58,9 @@ def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.devi
     if config.head.is_tied:
         assert isinstance(head, LMHead | ValueHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
+    if say is not None:
+        for line in config.backbone.load_pretrained(backbone, head):
+            say(line)
     return backbone, head
 
 
@@ -67,24 +75,6 @@ def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *,
     return config.head.build(**where)
 
 
-def _said_once(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Preparation as one line per stage."""
-    lines = {
-        "waiting": "waiting for another run that prepares the same data",
-        "tokenizer": "training the tokenizer",
-        "tokens": "tokenising",
-        "shards": "writing shards",
-    }
-    said: set[str] = set()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        if stage not in said:
-            said.add(stage)
-            say(f"preparing data: {lines.get(stage, stage)} …")
-
-    return progress
-
-
 def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) -> PreparedData | PreparedRecords:
     """The data of an experiment: records with their numbers for objective=value where the source has them, else a stream of tokens."""
     if isinstance(config.objective, ValueConfig) and config.data.has_records:
@@ -92,14 +82,19 @@ def prepare_data(config: ExperimentConfig, *, progress: Progress | None = None) 
     return prepare(config.data, config.tokenizer, progress=progress)
 
 
-def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Experiment:
+def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Callable[[str], None] = print) -> Experiment:
     """Prepare the data and build every part.
+
+    Args:
+        config: the experiment.
+        progress: told how far the preparation of data is.
+        say: told which weights come from elsewhere.
 
     Raises:
         ConfigError: the parts do not fit each other, or the data cannot be prepared.
     """
     validate(config)
-    prepared = prepare_data(config, progress=_said_once(say))
+    prepared = prepare_data(config, progress=progress)
     objective = config.objective.build(prepared.tokenizer.vocabulary)
     datamodule = TokenDataModule(
         prepared,
@@ -110,8 +105,11 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
         seed=config.seed,
         validation_sequences=config.data.validation_sequences,
         total_steps=config.trainer.steps(config.data.sequence_length),
+        length_start=config.data.length_start,
+        length_warmup_steps=config.data.length_warmup_steps,
+        shares=config.data.shares(),
     )
-    backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
+    backbone, head = build_model(config, prepared.tokenizer.vocabulary.size, say=say)
     prepare_blocks(backbone, config.trainer)
     module = LanguageModule(
         backbone,
@@ -131,7 +129,7 @@ def build(config: ExperimentConfig, *, say: Callable[[str], None] = print) -> Ex
 def find_checkpoint(reference: str, run_root: str = "runs") -> Path:
     """The checkpoint that `reference` names: a run folder (its newest), a checkpoint file, or an MLflow run id."""
     path = Path(reference).expanduser()
-    if is_checkpoint(path):
+    if is_checkpoint(path) or is_weights_folder(path):
         return path
     if path.is_dir():
         return newest_checkpoint(path)
@@ -168,9 +166,11 @@ def load(reference: str, *, run_root: str = "runs", device: torch.device | str =
     path = find_checkpoint(reference, run_root)
     checkpoint = read_checkpoint(path)
     config = from_yaml(checkpoint[KEY]["config"])
-    tokenizer = _tokenizer_from(checkpoint[KEY]["tokenizer"])
-    backbone, head = build_model(config, tokenizer.vocabulary.size, device=device)
+    tokenizer = tokenizer_from(checkpoint[KEY]["tokenizer"])
     weights = checkpoint["state_dict"]
+    # a converted model may have more rows than the tokenizer has tokens
+    rows = checkpoint[KEY].get("vocab_size", tokenizer.vocabulary.size)
+    backbone, head = build_model(config, rows, device=device)
     backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
     head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
     return TrainedModel(config, tokenizer, backbone.eval(), head.eval(), checkpoint["global_step"], path)
@@ -183,8 +183,9 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in Path(folder).iterdir()}
 
 
-def _tokenizer_from(files: dict[str, str]) -> Tokenizer:
+def tokenizer_from(files: dict[str, str]) -> Tokenizer:
+    """What tokenizer_files gave, or the tokenizer.json of others."""
     with tempfile.TemporaryDirectory() as folder:
         for name, contents in files.items():
             (Path(folder) / name).write_text(contents, encoding="utf-8")
-        return Tokenizer.load(folder)
+        return from_huggingface(Path(folder) / TOKENIZER_FILE, num_sentinels=0)

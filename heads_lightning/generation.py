@@ -1,4 +1,5 @@
-"""Asking a trained model: continue prompts (`generate`), fill a hole (`infill`), score given tokens (`score`). Ids in, ids or nats out.
+"""Asking a trained model: continue prompts (`generate`), fill a hole (`infill`) or masks (`denoise`), score given tokens (`score`). Ids in,
+ids or nats out.
 
 Choices: prompts of unequal length are padded on the left in a segment of their own, so a row of a batch gives the tokens it gives alone;
 draws invert the cumulative distribution with one uniform number per row and step from a generator per prompt, so they too do not depend
@@ -103,6 +104,62 @@ def infill(
     )
 
 
+def denoise(
+    backbone: Backbone,
+    head: nn.Module,
+    rows: Sequence[Sequence[int]],
+    *,
+    mask: int,
+    steps: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    forbidden_ids: Sequence[int] = (),
+) -> list[list[int]]:
+    """Fill the masks of each row in a number of passes: each keeps the tokens that the model is surest of and asks again for the rest
+    (MaskGIT, arXiv 2202.04200, section 3.2; LLaDA, arXiv 2502.09992, algorithm 5).
+
+    Args:
+        backbone, head: the model, which reads from both sides.
+        rows: ids, some of them `mask`; rows are read one by one, so that none depends on another.
+        mask: id of the mask token; never produced.
+        steps: passes, at most one a mask; each keeps an even share of the masks.
+        temperature: 0 takes the likeliest token; otherwise tokens are drawn from the logits divided by it.
+        seed: of the draws.
+        forbidden_ids: ids that are never produced.
+    """
+    if steps < 1 or temperature < 0:
+        raise ValueError(f"steps={steps}, temperature={temperature}: allowed are 1 or more, and 0 or more")
+    device, forbidden = backbone.embedding.weight.device, [*forbidden_ids, mask]
+    filled = []
+    with reading_mode(backbone, head):
+        for number, row in enumerate(rows):
+            tokens_S = torch.tensor(list(row), device=device)
+            generator = torch.Generator().manual_seed(seed + number)
+            count = int((tokens_S == mask).sum())
+            passes = min(steps, count)
+            for done in range(passes):
+                hidden_N = (tokens_S == mask).nonzero()[:, 0]
+                logits_NV = head(backbone(_batch(tokens_S[None], Attention.bidirectional)), logits_to_keep=hidden_N)[0].float()
+                logits_NV[:, forbidden] = float("-inf")
+                ids_N, sure_N = _choose(logits_NV, temperature, generator)
+                keep = count * (done + 1) // passes - count * done // passes
+                best = sure_N.topk(keep).indices
+                tokens_S[hidden_N[best]] = ids_N[best]
+            filled.append(tokens_S.tolist())
+    return filled
+
+
+def _choose(logits_NV: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """An id for every hidden position, and the probability that the model gives it."""
+    p_NV = logits_NV.softmax(dim=-1)
+    if temperature == 0:
+        sure_N, ids_N = p_NV.max(dim=-1)
+        return ids_N, sure_N
+    uniform_N = torch.rand(len(logits_NV), generator=generator).to(logits_NV.device)
+    ids_N = _sample(logits_NV / temperature, uniform_N, top_k=None, top_p=None)
+    return ids_N, p_NV.gather(1, ids_N[:, None])[:, 0]
+
+
 def score(
     backbone: Backbone,
     head: nn.Module,
@@ -148,7 +205,7 @@ def reading_mode(*modules: nn.Module) -> Iterator[None]:
 
 def _batch(tokens_BS: Tensor, attention: Attention, **fields: Tensor | None) -> Batch:
     """A batch to read, without targets."""
-    return Batch(tokens_BS, torch.full_like(tokens_BS, IGNORE), attention, num_targets=0, step_targets=0, **fields)
+    return Batch(tokens_BS, torch.full_like(tokens_BS, IGNORE), attention, num_targets=0, step_targets=0, **fields)  # pyright: ignore[reportArgumentType]
 
 
 def _first_batch(

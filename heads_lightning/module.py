@@ -184,6 +184,7 @@ class Totals:
         self._tensors: dict[str, Tensor] = {}
         self.targets = 0
         self.positions = 0
+        self.padding = 0
         self.steps = 0
 
     def _accumulate(self, name: str, value: Tensor) -> None:
@@ -196,8 +197,9 @@ class Totals:
         """Add a training micro-batch."""
         for name, value in output.sums.items():
             self._accumulate(name, value)
-        self.targets += batch.num_targets
+        self.targets += batch.counted
         self.positions += batch.tokens_BS.numel()
+        self.padding += batch.num_padding
 
     def finish_step(self, norm: Tensor) -> None:
         """Count an optimizer step with this gradient norm."""
@@ -206,15 +208,17 @@ class Totals:
 
     def add_tokens(self, output: HeadLoss, batch: Batch) -> None:
         """Add a micro-batch whose losses are per target."""
-        losses_BS = output.loss.detach().double()
+        losses_BS = output.loss.detach().double()  # times the weights, where there are any
         if output.statistics is not None:
             self._accumulate("statistics", output.statistics)
         self._accumulate("loss", losses_BS.sum())
-        self.targets += batch.num_targets
+        self.targets += batch.counted
         for i in range(self.num_parts):
             inside_BS = (batch.labels_BS != IGNORE) & _part_is(batch, i)
             self._accumulate(f"part_loss_{i}", losses_BS.masked_fill(~inside_BS, 0.0).sum())
-            self._accumulate(f"part_targets_{i}", inside_BS.sum())
+            # a part is reported as the mean over its own targets, each with its weight: a weight of the whole part cancels
+            counts_BS = inside_BS if batch.weights_BS is None else inside_BS * batch.weights_BS
+            self._accumulate(f"part_targets_{i}", counts_BS.double().sum())
 
     def read(self) -> dict[str, float]:
         """The sums as numbers (this is where the host waits for the device)."""

@@ -9,6 +9,7 @@ The run folder explains itself:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, load, tokenizer_files
 from heads_lightning.heads.value import ValueHead
@@ -90,7 +92,8 @@ def train(
         parent=parent,
         resume=config.resume is not None,
     ) as log:
-        experiment = build(config, say=lambda line: console.print(line, highlight=False, soft_wrap=True))
+        with contextlib.closing(PreparationProgress(console)) as progress:
+            experiment = build(config, progress=progress)
         return _fit(experiment, run_dir, log, console, text, callbacks)
 
 
@@ -111,6 +114,8 @@ def _fit(
         every_steps=config.trainer.log_every_steps,
         waited_seconds=lambda: experiment.datamodule.wait_seconds,
         tokens_per_step=tokens_per_step,
+        counters=experiment.objective.counters,
+        warn=lambda message: console.print(message, style="yellow"),
     )
     checkpoints = CheckpointCallback(
         run_dir,

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from heads_lightning import span_filling
-from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
+from heads_lightning import masked, span_filling
+from heads_lightning.abilities import can_infill, can_read_left_to_right, infilling, opening
+from heads_lightning.batch import IGNORE
 from heads_lightning.configs.data import RepeatConfig
-from heads_lightning.configs.objective import FIMConfig
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData
@@ -24,17 +24,19 @@ from heads_lightning.evaluation import (
     clip_context,
     edit_similarity,
     floors,
+    held_out_windows,
     hidden_lines,
     ngram_bits_per_byte,
+    protocol,
+    random_spans,
 )
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
+from heads_lightning.likelihood import ROWS, Row, next_token_row, score_rows, score_tokens
+from heads_lightning.objectives.base import document_segments
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
 from heads_lightning.span_filling import fills_spans
-
-ROWS = 16
-"""Sequences of one forward pass."""
 
 
 class Sample(NamedTuple):
@@ -74,16 +76,6 @@ def _indent(text: str) -> str:
     return "\n".join("    │ " + line[:100] for line in text.split("\n"))
 
 
-def can_read_left_to_right(model: TrainedModel) -> bool:
-    """True for models that predict the next token."""
-    return model.config.objective.predicts == "token" and model.config.objective.attention == Attention.causal
-
-
-def can_infill(model: TrainedModel) -> bool:
-    """True for models whose infilling tokens were trained."""
-    return isinstance(model.config.objective, FIMConfig) and model.config.objective.rate > 0
-
-
 @torch.no_grad()
 def value_metrics(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> dict[str, float]:
     """What validation says of a model with objective=value, on the same held-out sequences."""
@@ -107,27 +99,40 @@ def evaluate(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> O
     """The whole protocol, as far as the model goes."""
     config = model.config.evaluation
     report = Report()
+    if isinstance(prepared, PreparedRecords):
+        return Outcome(report, [])
+    report.protocol = protocol(prepared.manifest.content_hash, model.config.data.validation_fraction, config)
     if fills_spans(model.config.objective):
         return _evaluate_spans(model, prepared, report)
-    if not can_read_left_to_right(model) or isinstance(prepared, PreparedRecords):
-        return Outcome(report, [])
     if isinstance(model.config.data, RepeatConfig):
-        _copy_accuracy(model, prepared, report)
+        if can_read_left_to_right(model):
+            _copy_accuracy(model, prepared, report)
         return Outcome(report, [])
     held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
-    report.left_to_right_bits_per_byte = left_to_right(model, prepared, config.text_tokens)
+    stream = np.concatenate([shard.tokens for shard in prepared.validation.shards])
     report.ngram_bits_per_byte = ngram_bits_per_byte("\n".join(training).encode(), "\n".join(held_out).encode())
-    questions = hidden_lines(held_out, config)
+    if can_read_left_to_right(model):
+        report.left_to_right_bits_per_byte = left_to_right(model, stream, config.text_tokens)
+    if masked.can_fill_masks(model):
+        report.masked_bits_per_byte = masked.masked_bits_per_byte(model, stream, config.text_tokens)
+    if masked.is_diffusion(model):
+        report.bound_bits_per_byte = masked.bound_bits_per_byte(model, stream, config.text_tokens)
+    lines, spans = hidden_lines(held_out, config), random_spans(held_out, config)
+    _score_spans(model, spans, report)
+    return Outcome(report, _score_lines(model, training, lines, report) if lines else [])
+
+
+def _score_lines(model: TrainedModel, training: list[str], questions: list[HiddenLine], report: Report) -> list[Sample]:
+    """Hidden lines: bits per byte, and greedy infills beside their floors."""
     report.hidden_lines = len(questions)
-    if not questions:
-        return Outcome(report, [])
     report.floors = floors(training, questions)
-    report.prefix_bits_per_byte = line_bits_per_byte(model, questions, with_suffix=False)
+    report.prefix_bits_per_byte = _bits_of(model, questions, with_suffix=False)
+    report.infill_bits_per_byte = _bits_of(model, questions, with_suffix=True)
     if not can_infill(model):
-        return Outcome(report, [])
-    report.infill_bits_per_byte = line_bits_per_byte(model, questions, with_suffix=True)
+        return []
+    report.stop_accuracy = stop_accuracy(model, questions)
     answers, stopped = infill_lines(model, questions)
-    return _answered(model, report, questions, answers, stopped)
+    return _answered(model, report, questions, answers, stopped).samples
 
 
 def _evaluate_spans(model: TrainedModel, prepared: PreparedData, report: Report) -> Outcome:
@@ -165,51 +170,44 @@ def _answered(model: TrainedModel, report: Report, questions: Sequence[HiddenLin
     report.infill_edit_similarity = sum(edit_similarity(a, b) for a, b in pairs) / len(pairs)
     report.infill_stopped = stopped
     chosen = [int((k + 0.5) * len(questions) / config.samples) for k in range(min(config.samples, len(questions)))]
-    samples = [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen]
-    return Outcome(report, samples)
+    return Outcome(report, [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen])
+
+
+def _score_spans(model: TrainedModel, questions: list[HiddenLine], report: Report) -> None:
+    """Random stretches: the same, without floors."""
+    if not questions:
+        return
+    report.random_spans = len(questions)
+    report.random_span_prefix_bits_per_byte = _bits_of(model, questions, with_suffix=False)
+    report.random_span_bits_per_byte = _bits_of(model, questions, with_suffix=True)
+    if can_infill(model):
+        answers, _ = infill_lines(model, questions)
+        report.random_span_exact_match = sum(a == q.line for a, q in zip(answers, questions, strict=True)) / len(questions)
+
+
+def _bits_of(model: TrainedModel, questions: list[HiddenLine], *, with_suffix: bool) -> float | None:
+    """Bits per byte of what is hidden; None where the model cannot be asked."""
+    if masked.is_diffusion(model):
+        return masked.bound_of_lines(model, questions, with_suffix=with_suffix)
+    if can_infill(model) if with_suffix else can_read_left_to_right(model):
+        return line_bits_per_byte(model, questions, with_suffix=with_suffix)
+    return None
 
 
 # -- left to right ------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def left_to_right(model: TrainedModel, prepared: PreparedData, max_tokens: int) -> float:
+def left_to_right(model: TrainedModel, stream: np.ndarray, max_tokens: int) -> float:
     """Bits per byte of held-out text in windows as long as training sequences, spread evenly; each window starts without context."""
-    length = model.config.data.sequence_length
-    stream = np.concatenate([shard.tokens for shard in prepared.validation.shards])
-    available = max((len(stream) - 1) // length, 1)
-    count = max(min(max_tokens // length, available), 1)
-    starts = [int(k * available / count) * length for k in range(count)]
-    token_bytes = np.array([len(b) for b in model.tokenizer.vocabulary.token_bytes])
+    vocabulary = model.tokenizer.vocabulary
+    token_bytes = np.array([len(b) for b in vocabulary.token_bytes])
     nats, num_bytes = 0.0, 0
-    for i in range(0, count, ROWS):
-        windows = [np.asarray(stream[s : s + length + 1], np.int64) for s in starts[i : i + ROWS]]
-        shortest = min(len(w) for w in windows)
-        tokens = np.stack([w[:shortest] for w in windows])
-        nats += _negative_log_likelihood(model, tokens[:, :-1], tokens[:, 1:]).sum()
+    for _, tokens in held_out_windows(stream, model.config.data.sequence_length, max_tokens):
+        read = np.where(tokens == vocabulary.end_of_document, opening(model), tokens)[:, :-1]
+        segments = document_segments(tokens[:, :-1], vocabulary.end_of_document)
+        nats += score_tokens(model, read, tokens[:, 1:], segments_BS=segments).nats_BS.sum()
         num_bytes += int(token_bytes[tokens[:, 1:]].sum())
     return bits_per_byte(nats, num_bytes)
-
-
-@torch.no_grad()
-def _negative_log_likelihood(
-    model: TrainedModel, tokens_BS: np.ndarray, labels_BS: np.ndarray, segments_BS: np.ndarray | None = None
-) -> np.ndarray:
-    """Nats of each row's targets, float64 [B]."""
-    eod = model.tokenizer.vocabulary.end_of_document
-    if segments_BS is None:
-        segments_BS = _document_segments(tokens_BS, eod)
-    examples = Examples(np.ascontiguousarray(tokens_BS), np.ascontiguousarray(labels_BS), segments_BS)
-    device = next(model.backbone.parameters()).device
-    batch = Batch.from_examples(examples, Attention.causal).to(device)
-    output = model.head(model.backbone(batch), labels=batch.labels_BS, loss_reduction="none", z_loss_multiplier=0.0, return_logits=False)
-    return output.ce_loss.double().sum(dim=1).cpu().numpy()
-
-
-def _document_segments(tokens_BS: np.ndarray, end_of_document: int) -> np.ndarray:
-    starts = tokens_BS == end_of_document
-    starts[:, 0] = False
-    return np.cumsum(starts, axis=1, dtype=np.int32)
 
 
 # -- hidden lines -------------------------------------------------------------------------------------------------------
@@ -230,45 +228,47 @@ def _prompt(
     prefix_kept, suffix_kept = clip_context(prefix, suffix, room=room)
     begins = question.begins_document and len(prefix_kept) == len(prefix)
     vocabulary = model.tokenizer.vocabulary
+    vocabulary, asked = model.tokenizer.vocabulary, infilling(model)
     if not with_suffix:
-        marker = np.array([vocabulary.end_of_document] if begins else [], np.int64)
-        return np.concatenate([marker, prefix_kept.astype(np.int64)])
-    objective = config.objective
-    assert isinstance(objective, FIMConfig)
+        first = opening(model)
+        opens = begins or first != vocabulary.end_of_document or not len(prefix_kept)  # a mode token opens every piece
+        return np.concatenate([[first] if opens else [], prefix_kept]).astype(np.int64)
+    assert asked is not None
     return fim_prompt(
         prefix_kept,
         suffix_kept,
         vocabulary,
-        layout=layout or default_layout(objective),
-        spm_variant=objective.spm,
+        layout=layout or asked.layout,
+        spm_variant=asked.layouts.spm,
         document_start=begins,
+        mode=asked.mode,
     )
-
-
-def default_layout(objective: FIMConfig) -> str:
-    """The layout that training saw: psm unless it was never shown."""
-    return "psm" if objective.spm_rate < 1 else "spm"
 
 
 def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool) -> float:
     """Bits per byte of the hidden lines, given prefix and suffix or the prefix alone."""
-    rows = [(_prompt(model, q, with_suffix=with_suffix), np.asarray(model.tokenizer.encode(q.line), np.int64)) for q in questions]
-    nats = sum(float(_score_targets(model, rows[i : i + ROWS]).sum()) for i in range(0, len(rows), ROWS))
+    rows = [_asked_row(model, q, with_suffix=with_suffix) for q in questions]
+    nats = sum(float(scores.nats_BS.sum()) for scores in score_rows(model, rows))
     return bits_per_byte(nats, sum(len(q.line.encode()) for q in questions))
 
 
-def _score_targets(model: TrainedModel, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    """Nats of each row's target given its prompt: rows of unequal length are padded at the end."""
-    longest = max(len(prompt) + len(target) for prompt, target in rows) - 1
-    tokens = np.full((len(rows), longest), model.tokenizer.vocabulary.padding, np.int64)
-    labels = np.full((len(rows), longest), IGNORE, np.int64)
-    segments = np.full((len(rows), longest), PADDING, np.int32)
-    for r, (prompt, target) in enumerate(rows):
-        whole = np.concatenate([prompt, target])
-        tokens[r, : len(whole) - 1] = whole[:-1]
-        labels[r, len(prompt) - 1 : len(whole) - 1] = target
-        segments[r, : len(whole) - 1] = 0
-    return _negative_log_likelihood(model, tokens, labels, segments)
+def _asked_row(model: TrainedModel, question: HiddenLine, *, with_suffix: bool) -> Row:
+    return next_token_row(_prompt(model, question, with_suffix=with_suffix), model.tokenizer.encode(question.line))
+
+
+def stop_accuracy(model: TrainedModel, questions: Sequence[HiddenLine]) -> float:
+    """Share of lines whose end the model knows: fed the true line, END is the likeliest token after it and nowhere before."""
+    end = model.tokenizer.vocabulary.fim_end
+    assert end is not None
+    rows = []
+    for question in questions:
+        prompt, line = _prompt(model, question, with_suffix=True), model.tokenizer.encode(question.line)
+        tokens = np.concatenate([prompt, line]).astype(np.int64)
+        labels = np.full(len(tokens), IGNORE, np.int64)
+        labels[len(prompt) - 1 :] = end
+        rows.append(Row(tokens, labels))
+    scored = score_rows(model, rows, hits=True)
+    return sum(bool(s.hits_BS[-1]) and s.hits_BS.sum() == 1 for s in scored) / max(len(rows), 1)
 
 
 def infill_lines(model: TrainedModel, questions: Sequence[HiddenLine]) -> tuple[list[str], float]:
@@ -279,6 +279,13 @@ def infill_lines(model: TrainedModel, questions: Sequence[HiddenLine]) -> tuple[
     outputs = _generate(model, prompts, max_new_tokens=model.config.evaluation.max_new_tokens, stop_ids=[end])
     stopped = sum(len(o) < model.config.evaluation.max_new_tokens for o in outputs) / max(len(outputs), 1)
     return [model.tokenizer.decode(o) for o in outputs], stopped
+
+
+def infill_texts(model: TrainedModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Greedy infills between texts of any kind (prefix, suffix)."""
+    if not can_infill(model):
+        raise ConfigError(f"objective={model.config.objective.name} did not train infilling; objective=fim does")
+    return infill_lines(model, [HiddenLine(prefix, "", suffix, "", "", begins_document=True) for prefix, suffix in pairs])[0]
 
 
 def _generate(model: TrainedModel, prompts: Sequence[np.ndarray], *, max_new_tokens: int, stop_ids: list[int]) -> list[list[int]]:
@@ -300,16 +307,24 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
     Raises:
         ConfigError: the model was not trained to infill, or not with the layout asked for.
     """
-    objective = model.config.objective
-    if fills_spans(objective):
+    if fills_spans(model.config.objective):
         return span_filling.infill(model, prefix, suffix, request)
-    if not can_infill(model) or not isinstance(objective, FIMConfig):
-        raise ConfigError(
-            f"{request.checkpoint} was trained with objective={objective.name} and cannot infill; train one with objective=fim, "
-            f"or with backbone=t5 objective=span_corruption"
+    if masked.is_diffusion(model):
+        return masked.fill(
+            model,
+            prefix,
+            suffix,
+            new_tokens=request.max_new_tokens,
+            steps=request.steps,
+            temperature=request.temperature,
+            seed=request.seed,
         )
-    layout = request.layout or default_layout(objective)
-    trained = trained_layouts(objective)
+    asked = infilling(model)
+    if asked is None:
+        raise ConfigError(
+            f"{request.checkpoint} was trained with objective={model.config.objective.name} and cannot infill; train one with objective=fim"
+        )
+    layout, trained = request.layout or asked.layout, asked.layouts.trained
     if layout not in trained:
         raise ConfigError(f"layout={layout} was not trained; {request.checkpoint} knows layout={' and layout='.join(trained)}")
     question = HiddenLine(prefix, "", suffix, "", "", begins_document=True)
@@ -332,11 +347,6 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
     return model.tokenizer.decode(out)
 
 
-def trained_layouts(objective: FIMConfig) -> list[str]:
-    """The layouts that training showed."""
-    return [name for name, shown in (("psm", objective.spm_rate < 1), ("spm", objective.spm_rate > 0)) if shown]
-
-
 # -- the synthetic proof ------------------------------------------------------------------------------------------------
 
 
@@ -349,10 +359,10 @@ def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, 
     questions = [_copy_question(text) for text in islice(prepared.texts("validation"), count)]
     report.hidden_lines = len(questions)
     report.copy_accuracy_prefix = _accuracy(model, questions, with_suffix=False, layout=None)
-    if can_infill(model):
-        objective = model.config.objective
-        assert isinstance(objective, FIMConfig)
-        report.copy_accuracy_infill = min(_accuracy(model, questions, with_suffix=True, layout=name) for name in trained_layouts(objective))
+    asked = infilling(model)
+    if asked is not None:
+        accuracies = (_accuracy(model, questions, with_suffix=True, layout=name) for name in asked.layouts.trained)
+        report.copy_accuracy_infill = min(accuracies)
 
 
 def _copy_question(text: str) -> HiddenLine:

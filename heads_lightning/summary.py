@@ -33,7 +33,7 @@ def summary_text(
 
 def report_text(report: Report, samples: list[Sample]) -> str:
     """What an evaluation found, as plain text."""
-    blocks = [_left_to_right(report), _infilling(report), _proof(report), _samples(samples) if samples else ""]
+    blocks = [_left_to_right(report), _masked(report), _infilling(report), _proof(report), _samples(samples) if samples else ""]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -80,6 +80,17 @@ def _left_to_right(report: Report) -> str:
     return _table("Left to right: bits per byte of held-out files", rows)
 
 
+def _masked(report: Report) -> str:
+    if report.masked_bits_per_byte is None:
+        return ""
+    rows = [("15 % hidden tokens, from both sides", f"{report.masked_bits_per_byte:.3f}")]
+    if report.bound_bits_per_byte is not None:
+        rows.append(("the text, upper bound", f"{report.bound_bits_per_byte:.3f}"))
+    if report.left_to_right_bits_per_byte is None and report.ngram_bits_per_byte is not None:
+        rows.append(("the text, 5-gram byte model", f"{report.ngram_bits_per_byte:.3f}"))
+    return _table("Masked: bits per byte of held-out files", rows)
+
+
 def _infilling(report: Report) -> str:
     if report.prefix_bits_per_byte is None:
         return ""
@@ -95,6 +106,11 @@ def _infilling(report: Report) -> str:
              f"most frequent line {floor.frequent_edit_similarity:.3f}"),
             ("ends by itself", f"{report.infill_stopped:.0%} of infills"),
         ]  # fmt: skip
+    if report.stop_accuracy is not None:
+        rows.append(("ends where the line does", f"{report.stop_accuracy:.0%} of lines, fed the true line"))
+    if report.random_span_bits_per_byte is not None:
+        match = "" if report.random_span_exact_match is None else f", exact match {report.random_span_exact_match:.1%}"
+        rows.append((f"{report.random_spans} random stretches", f"{report.random_span_bits_per_byte:.3f} bits per byte{match}"))
     text = _table(f"Infilling {report.hidden_lines} hidden lines of held-out files", rows)
     if report.infill_exact_match is not None:
         text += (

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from heads_lightning.backbones import layers
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import PADDING, Attention
-from heads_lightning.configs.backbone import (
-    CausalForm,
-    Direction,
-    FeedForward,
-    GateActivation,
-    NGPTConfig,
-    Position,
-    TransformerConfig,
-    backbones,
-)
+from heads_lightning.configs.backbone import CausalForm, Direction, GateActivation, NGPTConfig, TransformerConfig, backbones
 from heads_lightning.configs.base import NormType
+from heads_lightning.configs.layers import (
+    AttentionBias,
+    FeedForward,
+    LocalAttention,
+    NormPlacement,
+    Position,
+    QKNormWidth,
+    RotaryScaling,
+    RotaryScalingType,
+)
 from heads_lightning.registry import ConfigError
 from heads_lightning.testing.backbones import LEAK, changed_at, enlarged
 from heads_lightning.testing.backbones import batch_of as batch
@@ -46,6 +47,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"position": "learned", "norm": "layer_norm", "bias": True, "feed_forward": "plain", "activation": "gelu", "max_positions": 40},
     ),
     "transformer-layernorm-nobias": ("transformer", {"norm": "layer_norm", "activation": "relu_squared", "position": "none"}),
+    "transformer-bert": (
+        "transformer",
+        {
+            **{
+                "position": "learned",
+                "norm": "layer_norm",
+                "bias": True,
+                "feed_forward": "plain",
+                "activation": "gelu",
+                "max_positions": 40,
+            },
+            **{"norm_placement": NormPlacement.post, "embedding_norm": True, "token_types": 2},
+        },
+    ),
+    "transformer-modernbert": (
+        "transformer",
+        {
+            **{"norm": "layer_norm", "embedding_norm": True, "activation": "gelu", "rotary_base": 160000.0},
+            "local_attention": LocalAttention(window=30, global_layers=[0], rotary_base=10000.0),
+        },
+    ),
+    "transformer-olmo2": (
+        "transformer",
+        {"norm_placement": NormPlacement.reordered, "qk_norm": True, "qk_norm_width": QKNormWidth.full, "num_kv_heads": 2},
+    ),
+    "transformer-qwen2-scaled": (
+        "transformer",
+        {
+            **{"attention_bias": AttentionBias.qkv, "num_kv_heads": 2, "embedding_scale": 2.0, "attention_scale": 0.5},
+            "rotary_scaling": RotaryScaling(type=RotaryScalingType.yarn, factor=4.0, original_positions=16),
+        },
+    ),
     "ngpt": ("ngpt", {}),
     "ngpt-gqa": ("ngpt", {"num_kv_heads": 2, "alpha_init": 0.3, "feed_forward_dim": 48}),
     "bigs": ("bigs", {}),
@@ -489,6 +522,35 @@ def test_traces_without_graph_breaks_and_once_for_any_count_of_targets(variant: 
     for targets in (3, 5, 8):
         compiled(one._replace(num_targets=targets, step_targets=2 * targets))
     assert len(graphs) == 1
+
+
+# ---- sliding windows
+
+
+@pytest.mark.parametrize("attention", [Attention.causal, Attention.bidirectional])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_bounds_how_far_one_layer_sees(attention: Attention, packed: bool) -> None:
+    described = TransformerConfig(d_model=32, num_layers=1, num_heads=4, local_attention=LocalAttention(window=5))
+    model, one = enlarged(described, VOCAB), tokens(1, 24)
+    segments = torch.zeros_like(one) if packed else None
+    other = one.clone()
+    other[:, 12] = (other[:, 12] + 1) % VOCAB
+    change = changed_at(model, batch(one, attention, segments_BS=segments), batch(other, attention, segments_BS=segments))
+    seen = range(12, 17) if attention == Attention.causal else range(8, 17)
+    assert [i for i in range(24) if change[i] > 1e-6] == list(seen)
+
+
+def test_a_cache_keeps_the_window() -> None:
+    """Read in pieces, past the window, with rows padded on the left."""
+    described = TransformerConfig(d_model=32, num_layers=3, num_heads=4, local_attention=LocalAttention(window=4, global_layers=[1]))
+    model, one = enlarged(described, VOCAB), tokens(2, 14)
+    padded = torch.tensor([[PADDING] * 4 + [0] * 10, [0] * 14]).int()
+    for segments in (None, padded):
+        whole, cache, pieces = model(batch(one, segments_BS=segments)), model.new_cache(2, 14), []
+        for start, end in ((0, 7), (7, 8), (8, 13), (13, 14)):
+            given = None if segments is None or start > 6 else segments[:, start:end]
+            pieces.append(model(batch(one[:, start:end], segments_BS=given), cache))
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-9, atol=1e-9)
 
 
 # ---- nGPT

@@ -125,7 +125,7 @@ MISTAKES = {
     "train -m seed=1,2 sweep.trials=0": "sweep.trials=0 is out of range; use 1 or more",
     "train sweep.resume=/nowhere": "/nowhere is not the folder of a sweep",
     "runs run_root=nowhere": "run_root=nowhere is not a folder",
-    "compare nowhere": "compare takes the folder of a sweep",
+    "compare nowhere": "is no run folder and no MLflow run id",
     "train -m seed=1,x": "`seed=x` is not allowed: seed takes a whole number",
     "train head.tie_embeddings=true head.dtype=bfloat16": "head.tie_embeddings=true shares the backbone's float32 embedding",
     "train data.sequence_length=5": "data.sequence_length=5 is too short for objective=fim",

@@ -1,8 +1,10 @@
 """Configurations: every option composes, saves and rebuilds; parts are checked together; plugins and users' files count as options."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
@@ -20,8 +22,15 @@ from heads_lightning.configs.objective import objectives
 from heads_lightning.registry import ConfigError, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
+SIZES = {f"num_{what}": 2 for what in ("hidden_layers", "attention_heads")} | {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 9}
+SOURCE = tempfile.mkdtemp()
+(Path(SOURCE) / "config.json").write_text(json.dumps({"model_type": "llama"} | SIZES))
 NEEDED = {
     "tokenizer=huggingface": ["tokenizer.path=tokenizer.json"],
+    "backbone=huggingface_import": [f"backbone.source={SOURCE}"],
+    "data=huggingface": ["data.path=folder"],
+    "objective=multi_token": ["head.steps_ahead=3"],
+    "data=tokens": ["tokenizer=byte"],
     "backbone=huggingface": ["backbone.source=some/model"],
     **{
         f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
@@ -213,7 +222,9 @@ def test_every_pair_of_objective_backbone_and_head_composes_or_is_refused_in_a_s
                 parts = {"objective": objectives[objective](), "backbone": backbones[backbone](), "head": head_class()}
                 config = replace(base, **parts)
                 fits = (
-                    config.objective.attention in config.backbone.attention_supported() and config.objective.predicts == head_class.predicts
+                    config.objective.attention in config.backbone.attention_supported()
+                    and config.objective.predicts == head_class.predicts
+                    and not getattr(config.objective, "steps_ahead", 0)  # heads predict one step unless told otherwise
                 )
                 if fits:
                     validate(config)
@@ -355,6 +366,32 @@ def test_descriptions_are_inherited():
 
 def test_num_params_of_configs_needs_no_torch():
     for name, cls in backbones.items():
-        if name != "huggingface":
+        if not name.startswith("huggingface"):  # what they build is described elsewhere
             assert is_dataclass(cls)
             assert cls().num_params(100) > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=multi_token"], r"predicts 3 steps beyond the next token, the head 0; use head\.steps_ahead=3"),
+        (["head.steps_ahead=2"], r"predicts 0 steps beyond the next token, the head 2; use head\.steps_ahead=0"),
+        (["objective=multi_token", "head=normalized", "backbone=ngpt"], r"use head=default head\.steps_ahead=3"),
+        (["data=tokens"], r"would be trained on text; use the tokenizer that made them"),
+        (
+            ["objective=mixture", "objective.parts={a: {name: causal, mode: true}}", "tokenizer.num_sentinels=0"],
+            r"wants 1 mode tokens, .* use tokenizer\.num_sentinels=1",
+        ),
+        (["data.length_start=4", "data.length_warmup_steps=9"], r"data\.length_start=4 is too short for objective=fim"),
+        (["objective=mixture", "objective.parts={a: {name: multi_token}}"], r"use objective=multi_token"),
+    ],
+)
+def test_parts_that_need_each_other_are_refused_apart(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(overrides)
+
+
+def test_parts_of_a_mixture_replace_the_default_ones():
+    config = compose(["objective=mixture", "objective.parts={a: {name: causal}, b: {name: fim, weight: 3}}"])
+    assert config.objective.parts == {"a": {"name": "causal"}, "b": {"name": "fim", "weight": 3}}  # pyright: ignore[reportAttributeAccessIssue]
+    assert set(compose(["objective=mixture"]).objective.parts) == {"left_to_right", "fim"}  # pyright: ignore[reportAttributeAccessIssue]

@@ -8,11 +8,13 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conversion_models import llama_folder
 from torch import Tensor
 
 from heads_lightning.backbones.transformer import Transformer
@@ -20,7 +22,19 @@ from heads_lightning.batch import Attention, Examples
 from heads_lightning.composition import prepare_store
 from heads_lightning.configs.backbone import TransformerConfig, backbones
 from heads_lightning.configs.head import DefaultLMHeadConfig, LMHeadConfig, LMLossImplementation, MLMHeadConfig, heads
-from heads_lightning.configs.objective import CausalConfig, FIMConfig, FIMLevel, MLMConfig, MLMUnit, ObjectiveConfig, objectives
+from heads_lightning.configs.objective import (
+    CausalConfig,
+    FIMConfig,
+    FIMCut,
+    FIMLevel,
+    MixtureConfig,
+    MLMConfig,
+    MLMCount,
+    MLMUnit,
+    ObjectiveConfig,
+    SPMLayout,
+    objectives,
+)
 from heads_lightning.heads import DefaultLMHead, MLMHead
 from heads_lightning.losses import Projection, default
 from heads_lightning.objectives.base import SampleRandom
@@ -70,11 +84,11 @@ def test_head_with_options(config: LMHeadConfig) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(backbones) - {"huggingface"}))  # its weights come from a file: tests/test_huggingface.py
-def test_backbone(name: str) -> None:
-    check_backbone(small(name))
+def test_backbone(name: str, tmp_path: Path) -> None:
+    check_backbone(small(name, source=str(llama_folder(tmp_path, **SMALL))) if name == "huggingface_import" else small(name))
 
 
-CAUSAL = [name for name, cls in backbones.items() if Attention.causal in cls.supports]
+CAUSAL = [name for name, cls in backbones.items() if Attention.causal in cls.supports and not name.startswith("huggingface")]
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -92,7 +106,18 @@ def test_objective(name: str) -> None:
     check_objective(objectives[name]())
 
 
-@pytest.mark.parametrize("config", [FIMConfig(level=FIMLevel.document), MLMConfig(unit=MLMUnit.word)], ids=["fim-document", "mlm-word"])
+OPTIONS = [
+    FIMConfig(level=FIMLevel.document),
+    FIMConfig(cut=FIMCut.syntax),
+    FIMConfig(spm=SPMLayout.suffix_first, spm_rate=1.0),
+    MLMConfig(unit=MLMUnit.word),
+    MLMConfig(unit=MLMUnit.span),
+    MLMConfig(count=MLMCount.exact),
+    MixtureConfig(parts={"a": {"name": "causal", "mode": True}, "b": {"name": "fim", "rate": 1.0, "mode": True}}),
+]
+
+
+@pytest.mark.parametrize("config", OPTIONS, ids=["document", "syntax", "suffix-first", "word", "span", "exact", "modes"])
 def test_objective_with_options(config: ObjectiveConfig) -> None:
     check_objective(config)
 

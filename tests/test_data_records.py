@@ -65,7 +65,7 @@ def test_parquet(tmp_path):
     config = ParquetConfig(root=str(tmp_path), cache_dir=str(tmp_path / "cache"), validation_fraction=0.3, prepare_processes=2)
     assert sorted([*(p := prepare(config, ByteConfig())).texts("train"), *p.texts("validation")]) == sorted(TEXTS)
     with pytest.raises(ConfigError, match=r"data.text_field=body is no column of a.parquet; it has text, n"):
-        Parquet(ParquetConfig(root=str(tmp_path), text_field="body")).parts()
+        documents(Parquet(ParquetConfig(root=str(tmp_path), text_field="body")))
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(ConfigError, match=r"b.parquet cannot be read as Parquet"):
         Parquet(ParquetConfig(root=str(tmp_path))).parts()

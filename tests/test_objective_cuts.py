@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import textwrap
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from objective_data import MULTI_BYTE, documents, text_of, tokenizer, vocabulary
 
 from heads_lightning.objectives.base import Vocabulary, gather_ranges
 from heads_lightning.objectives.cuts import CharCutter, TokenCutter
+from heads_lightning.objectives.syntax import node_span
 from heads_lightning.registry import ConfigError
 
 PATTERNS = {
@@ -149,3 +152,61 @@ def test_gather_ranges():
     assert gather_ranges(np.array([5, 0, 2]), np.array([2, 0, 3])).tolist() == [5, 6, 2, 3, 4]
     assert gather_ranges(np.array([-2]), np.array([2])).tolist() == [-2, -1]
     assert len(gather_ranges(np.zeros(0, np.int64), np.zeros(0, np.int64))) == 0
+
+
+class TestSyntax:
+    def spans(self, text: str, count: int = 300) -> set[str]:
+        draws = np.random.default_rng(0).random((count, 2))
+        found = [node_span(text.encode(), a, b) for a, b in draws]
+        return {text.encode()[a:b].decode() for a, b in (span for span in found if span is not None)}
+
+    def test_a_span_is_a_statement_or_an_expression(self):
+        text = "x = f(a, 'é') + 1\nif x:\n    y = [1]\n"
+        whole = {"x = f(a, 'é') + 1", "f(a, 'é') + 1", "f(a, 'é')", "if x:\n    y = [1]", "y = [1]", "[1]", "x", "f", "a", "'é'", "1", "y"}
+        found = self.spans(text)
+        assert found <= whole
+        assert len(found) > 8
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "        y = g(1)\n        return y\n\n    def other(self):\n        pass\n\nz = 3\n",  # begins two levels deep
+            "ef broken(:\nx = 1\ny = [2]\n",  # begins inside a line
+            "x = 1\ny = [2]\nz = (3 +\n",  # ends inside an expression
+            "x = 1\ny = x * [x, 'a', 'b', 'c']\ndef f():\n    '''never closed\n",
+            "    pass\nelse:\n    x = 1\n",
+        ],
+    )
+    def test_a_piece_may_begin_and_end_anywhere(self, text):
+        found = self.spans(text)
+        assert found
+        assert "if 1:" not in found
+        for span in found:
+            ast.parse(textwrap.dedent(span))
+
+    def test_broken_characters_at_the_edges_are_left_out(self):
+        text = "é = 1\nx = 'naïve' + y\n"
+        raw = text.encode()[1:]
+        spans = {raw[a:b] for a, b in filter(None, (node_span(raw, *d) for d in np.random.default_rng(0).random((100, 2))))}
+        assert b"x = 'na\xc3\xafve' + y" in spans
+        assert all(span.decode() in text for span in spans)
+
+    @pytest.mark.parametrize(
+        "text", ["", "\n\n", "it is no code, is it?\nreally not.\nnone\nof\nit at all,\nnot even a bit\n" * 3, "x\r\ny\r\n", "# a\n"]
+    )
+    def test_what_does_not_parse_has_no_span(self, text):
+        assert node_span(text.encode(), 0.5, 0.5) is None
+
+    def test_pieces_that_do_not_parse_are_cut_between_lines_and_counted(self):
+        v = vocabulary()
+        cutter, lines = CharCutter(v, lines=True, nodes=True), CharCutter(v, lines=True)
+        prose = np.array(v.encode("this is, no code:\nnot, at all!\nnor; is this?\n" * 4), np.uint16)
+        code = np.array(v.encode("def f(x):\n    return [x, x + 1]\n"), np.uint16)
+        draws = np.random.default_rng(0).random((40, 2))
+        assert list(parts_of(cutter, prose, draws)) == list(parts_of(lines, prose, draws))
+        assert cutter.counters() == {"parsed": 0, "unparsed": 40}
+        for prefix, middle, suffix in parts_of(cutter, code, draws):
+            assert b"".join(text_of(part, v) for part in (prefix, middle, suffix)).decode() == "def f(x):\n    return [x, x + 1]\n"
+            ast.parse(textwrap.dedent(text_of(middle, v).decode()))
+        assert cutter.counters() == {"parsed": 40, "unparsed": 40}
+        assert lines.counters() == {}

@@ -15,7 +15,9 @@ from heads_lightning.configs.objective import (
     FIMCut,
     FIMLevel,
     FIMLoss,
+    MixtureConfig,
     MLMConfig,
+    MLMCount,
     MLMUnit,
     ObjectiveConfig,
     SPMLayout,
@@ -24,6 +26,7 @@ from heads_lightning.configs.objective import (
 from heads_lightning.objectives.base import SampleRandom, document_segments
 from heads_lightning.objectives.causal import Causal
 from heads_lightning.objectives.fim import fim_prompt, invert
+from heads_lightning.objectives.multi_token import MultiToken
 from heads_lightning.registry import ConfigError
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -35,6 +38,11 @@ VARIANTS = [config() for _, config in objectives.items()] + [
     FIMConfig(level=FIMLevel.document),
     MLMConfig(unit=MLMUnit.word),
     MLMConfig(rate=0.4, mask_share=0.5, random_share=0.5),
+    MLMConfig(unit=MLMUnit.span),
+    MLMConfig(count=MLMCount.exact),
+    FIMConfig(rate=1.0, cut=FIMCut.syntax),
+    FIMConfig(rate=1.0, spm=SPMLayout.suffix_first),
+    MixtureConfig(parts={"a": {"name": "causal", "mode": True}, "b": {"name": "fim", "rate": 1.0, "mode": True}}),
 ]
 
 
@@ -72,7 +80,8 @@ class TestEveryObjective:
             return
         examples = make(objective, length, range(12))
         assert examples.tokens_BS.dtype == examples.labels_BS.dtype == np.int64
-        assert examples.tokens_BS.shape == examples.labels_BS.shape == examples.segments_BS.shape == (12, length)
+        assert examples.tokens_BS.shape == examples.segments_BS.shape == (12, length)
+        assert examples.labels_BS.shape == (12, (1 + objective.steps_ahead) * length)
         assert examples.segments_BS.dtype == np.int32
         size = vocabulary().size
         assert ((examples.tokens_BS >= 0) & (examples.tokens_BS < size)).all()
@@ -80,7 +89,7 @@ class TestEveryObjective:
         assert ((targets >= 0) & (targets < size)).all()
         assert not np.isin(targets, [PAD, MASK]).any()
         padded = examples.segments_BS == PADDING
-        assert (examples.labels_BS[padded] == IGNORE).all()
+        assert (examples.labels_BS[np.tile(padded, (1, 1 + objective.steps_ahead))] == IGNORE).all()
         assert (examples.tokens_BS[padded] == PAD).all()
         assert (examples.tokens_BS[~padded] != PAD).all()
         for array in examples:
@@ -99,7 +108,7 @@ class TestEveryObjective:
     def test_the_same_call_gives_the_same_bits_and_another_epoch_or_seed_others(self, objective):
         first = make(objective, 96, range(20), seed=3, epoch=1)
         assert equal(first, make(objective, 96, range(20), seed=3, epoch=1))
-        if isinstance(objective, Causal) or objective.rewrites_stream:
+        if isinstance(objective, (Causal, MultiToken)) or objective.rewrites_stream:
             return
         for seed, epoch in ((3, 2), (4, 1)):
             assert not equal(first, make(objective, 96, range(20), seed=seed, epoch=epoch))
@@ -173,7 +182,80 @@ class TestCausal:
         assert np.array_equal(opens, examples.tokens_BS[:, 1:] == EOD)
 
 
+class TestSchedules:
+    """A row depends on (seed, epoch, index) and on how much was trained before it, which follows from them."""
+
+    def trained(self, config, positions, count=400, length=128):
+        objective = config.build(vocabulary())
+        rng = SampleRandom(0, 0, np.arange(count), np.full(count, positions))
+        return objective.examples(windows(objective, length, range(count)), rng, length)
+
+    def test_a_rate_goes_from_its_start_to_its_end(self):
+        config = MLMConfig(rate=0.1, rate_start=0.5, rate_tokens=1000)
+        for positions, rate in ((0, 0.5), (500, 0.3), (1000, 0.1), (10**9, 0.1)):
+            share = (self.trained(config, positions).labels_BS != IGNORE).mean()
+            assert abs(share - rate) < 0.02
+        assert equal(self.trained(config, 10**6), make(config.build(vocabulary()), 128, range(400)))  # validation: the end
+
+    def test_fim_begins_causal(self):
+        config = FIMConfig(rate=1.0, rate_start=0.0, rate_tokens=1000)
+        assert END not in self.trained(config, 0).tokens_BS
+        half, end = (np.isin(self.trained(config, at).tokens_BS, [END]).sum() for at in (500, 1000))
+        assert 0.4 < half / end < 0.6
+
+    def test_a_mixture_anneals(self):
+        parts = {"causal": {"name": "causal", "weight": 0, "weight_start": 1}, "fim": {"name": "fim", "rate": 1.0, "weight_start": 0}}
+        config = MixtureConfig(parts=parts, anneal_tokens=1000)
+        shares = [(self.trained(config, at).part_BS.max(axis=1) == 0).mean() for at in (0, 500, 1000)]
+        assert shares[0] == 1
+        assert 0.4 < shares[1] < 0.6
+        assert shares[2] == 0
+
+    def test_rows_of_different_age_in_one_batch(self):
+        objective = MLMConfig(rate=0.1, rate_start=0.9, rate_tokens=1000).build(vocabulary())
+        ages = np.tile([0, 1000], 50)
+        examples = objective.examples(windows(objective, 128, range(100)), SampleRandom(0, 0, np.arange(100), ages), 128)
+        share = (examples.labels_BS != IGNORE).mean(axis=1)
+        assert share[0::2].mean() > 0.7
+        assert share[1::2].mean() < 0.15
+
+    @pytest.mark.parametrize(
+        ("kind", "fields", "message"),
+        [
+            (FIMConfig, {"rate_start": 0.1}, "half a schedule; add e.g. objective.rate_tokens"),
+            (MLMConfig, {"rate_tokens": 10}, "half a schedule; add e.g. objective.rate_start"),
+            (FIMConfig, {"rate_start": 0.1, "rate_tokens": 5, "level": FIMLevel.document}, "level=context"),
+            (MixtureConfig, {"anneal_tokens": 10}, "half a schedule"),
+            (MLMConfig, {"count": MLMCount.exact, "unit": MLMUnit.word}, "use objective.unit=token"),
+            (MLMConfig, {"count": MLMCount.exact, "rate_start": 0.1, "rate_tokens": 5}, "leave one of them out"),
+        ],
+    )
+    def test_refusals(self, kind, fields, message):
+        with pytest.raises(ConfigError, match=message):
+            kind(**fields)
+
+
 class TestMLM:
+    def test_exact_counts(self):
+        objective = MLMConfig(count=MLMCount.exact, rate=0.3).build(vocabulary())
+        examples = make(objective, 100, range(300))
+        assert ((examples.labels_BS != IGNORE).sum(axis=1) == 30).all()
+        at = np.nonzero(examples.labels_BS != IGNORE)[1]
+        assert abs(np.bincount(at, minlength=100) - 90).max() < 5 * np.sqrt(90)  # every position alike
+        few = np.zeros((50, 100), np.uint16)
+        few[:, 7:9] = 900
+        assert ((objective.examples(few, SampleRandom(0, 0, np.arange(50)), 100).labels_BS != IGNORE).sum(axis=1) == 2).all()
+
+    def test_spans(self):
+        v = vocabulary()
+        objective = MLMConfig(unit=MLMUnit.span, rate=0.2, mask_share=1.0, random_share=0.0).build(v)
+        raw = np.full((4000, 64), 900, np.uint16)
+        target = objective.examples(raw, SampleRandom(0, 0, np.arange(4000)), 64).labels_BS != IGNORE
+        share = target.mean(axis=0)
+        assert abs(share - 0.2).max() < 6 * np.sqrt(0.2 * 0.8 / 4000)  # edges like the middle
+        runs = [len(run) for row in target for run in "".join(map(str, row.astype(int))).strip("0").split("0") if run]
+        assert 3.4 < np.mean(runs) < 4.6  # 3.8, fewer at the edges, more where two meet
+
     @pytest.mark.parametrize("unit", list(MLMUnit))
     @pytest.mark.parametrize(
         ("rate", "mask", "random"), [(0.15, 0.8, 0.1), (0.4, 1.0, 0.0), (0.3, 0.0, 1.0), (0.2, 0.0, 0.0), (1.0, 0.5, 0.5)]
@@ -189,7 +271,7 @@ class TestMLM:
         assert not (target & ~ordinary).any()
         assert np.array_equal(examples.tokens_BS[~target], raw[~target])
         # 5 standard deviations of the binomial; a word's tokens go together, which widens it by the root of their mean square number
-        spread = 5 * (2.0 if unit is MLMUnit.word else 1.0)
+        spread = 5 * {MLMUnit.token: 1.0, MLMUnit.word: 2.0, MLMUnit.span: 2.5}[unit]
         n = ordinary.sum()
         assert abs(target.sum() / n - rate) < spread * np.sqrt(rate * (1 - rate) / n) + 2**-16
         n = target.sum()
@@ -223,7 +305,7 @@ class TestMLM:
         tokens = np.zeros((2000, 5), np.uint16)
         tokens[1:, 3] = 900
         tokens[1000:, 2] = 901
-        examples = objective.examples(tokens, SampleRandom(0, 0, np.arange(2000)), 5)
+        examples = objective.examples(tokens, SampleRandom(0, 0, np.arange(2000)), 5)  # fewer draws choose one than rows need
         per_row = (examples.labels_BS != IGNORE).sum(axis=1)
         assert per_row[0] == 0  # nothing but markers
         assert (per_row[1:] >= 1).all()
@@ -254,6 +336,8 @@ FIM_VARIANTS = [
         (0.7, 1.0, FIMCut.char, SPMLayout.variant2, FIMLoss.middle),
         (1.0, 1.0, FIMCut.token, SPMLayout.variant1, FIMLoss.all),
         (1.0, 0.5, FIMCut.line, SPMLayout.variant2, FIMLoss.all),
+        (1.0, 0.5, FIMCut.syntax, SPMLayout.variant2, FIMLoss.all),
+        (1.0, 1.0, FIMCut.char, SPMLayout.suffix_first, FIMLoss.all),
     ]
 ]
 
@@ -277,7 +361,8 @@ class TestFIM:
                 assert not parts.any()
                 continue
             transformed += 1
-            assert sorted(ids[np.isin(ids, [PRE, SUF, MID, END])].tolist()) == [PRE, SUF, MID, END]
+            sentinels = [PRE, SUF, END] if config.spm is SPMLayout.suffix_first else [PRE, SUF, MID, END]
+            assert sorted(ids[np.isin(ids, [PRE, SUF, MID, END])].tolist()) == sentinels
             assert ids[-1] == END
             assert labels[-1] == IGNORE
             assert labels[-2] == END
@@ -288,7 +373,7 @@ class TestFIM:
         assert parts[-2] == 1
         infill = np.flatnonzero(parts)
         assert np.array_equal(infill, np.arange(infill[0], len(ids) - 1))  # one run, up to END
-        assert infill[0] >= np.flatnonzero(ids == MID)[0]
+        assert infill[0] >= np.flatnonzero(ids == (PRE if config.spm is SPMLayout.suffix_first else MID))[0]
         assert (labels[infill] == ids[infill + 1]).all()
         rest = np.setdiff1d(np.arange(len(ids) - 1), infill)
         if config.loss_on is FIMLoss.middle:
@@ -422,8 +507,12 @@ class TestFIM:
 
 
 class TestFIMOfDocuments:
+    def test_suffix_first_is_refused(self):
+        with pytest.raises(ConfigError, match="use level=context"):
+            FIMConfig(level=FIMLevel.document, spm=SPMLayout.suffix_first).build(vocabulary())
+
     @pytest.mark.parametrize("cut", list(FIMCut))
-    @pytest.mark.parametrize("spm", list(SPMLayout))
+    @pytest.mark.parametrize("spm", [SPMLayout.variant1, SPMLayout.variant2])
     def test_documents_come_back(self, cut, spm):
         v = vocabulary()
         objective = FIMConfig(level=FIMLevel.document, rate=0.8, cut=cut, spm=spm).build(v)
@@ -473,7 +562,7 @@ class TestPrompt:
             first = np.flatnonzero(parts)[0] + 1
             middle = ids[first:-1]
             marker = int(ids[0] == EOD)
-            pre, suf, mid = (int(np.flatnonzero(ids == k)[0]) for k in (PRE, SUF, MID))
+            pre, suf, mid = ([*np.flatnonzero(ids == k).tolist(), first][0] for k in (PRE, SUF, MID))
             suffix = ids[suf + 1 : pre if pre > suf else mid]
             prefix = ids[mid + 1 : first] if layout == "spm" and spm is SPMLayout.variant2 else ids[pre + 1 : mid if pre > suf else suf]
             prompt = fim_prompt(prefix, suffix, v, layout, spm, document_start=bool(marker))

@@ -60,6 +60,7 @@ def test_both_ranks_of_every_cell_train_the_same(tiny: list[str], tmp_path: Path
     assert not list(folder.parent.glob("s*/[2-9]*"))
 
 
+@pytest.mark.slow
 def test_both_ranks_of_every_proposed_cell_train_the_same(tiny: list[str], tmp_path: Path, witness: dict[str, str]) -> None:
     pytest.importorskip("optuna")
     folder = tmp_path / "s"
@@ -95,6 +96,7 @@ def test_ranks_with_different_settings_train_nothing(tiny: list[str], tmp_path: 
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_torchrun_gives_all_ranks_one_folder(tiny: list[str], tmp_path: Path, witness: dict[str, str]) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "heads_lightning", "train"]
     data = [override for override in tiny if not override.startswith("run_root=")]

@@ -27,6 +27,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_cells_side_by_side_in_processes_of_a_launcher(launcher: str, tiny: list[str], tmp_path: Path) -> None:
     """One cell of three fails; every launcher runs each cell once, in its own folder, and the exit code tells."""
@@ -44,6 +45,7 @@ def test_cells_side_by_side_in_processes_of_a_launcher(launcher: str, tiny: list
 SEARCH = ["optimizer=adamw", "optimizer.learning_rate=tag(log, interval(1e-5, 1e-1))", "hydra/sweeper=optuna"]
 
 
+@pytest.mark.slow
 def test_optuna_prunes_across_processes_and_its_study_goes_on(tiny: list[str], tmp_path: Path) -> None:
     optuna = pytest.importorskip("optuna")
     from heads_lightning.sweeps.study import open_study

@@ -275,7 +275,7 @@ def _postgres_owner(data: Path) -> list[str]:
     return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
 def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with database(kind, tmp_path) as backend:
         check_a_server_that_dies(backend, tmp_path, caplog)

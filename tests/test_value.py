@@ -223,9 +223,9 @@ def test_reductions(reduction: ValueReduction, wanted: float, packed: bool) -> N
     batch = Batch.from_examples(made, Attention.causal)
     head = ValueHeadConfig(init=ValueInit.zero).build(d_model=D, objective=objective.config)
     hidden = torch.randn(*segments.shape, D)
-    assert head.loss(hidden, batch, divisor=batch.num_targets).loss.item() == pytest.approx(wanted, rel=1e-6)
+    assert head.loss(hidden, batch, divisor=batch.counted).loss.item() == pytest.approx(wanted, rel=1e-6)
     held_out = head.loss(hidden, batch, divisor=None)
-    assert held_out.loss.sum().item() / batch.num_targets == pytest.approx(wanted, rel=1e-6)
+    assert held_out.loss.sum().item() / batch.counted == pytest.approx(wanted, rel=1e-6)
 
 
 # -- head -----------------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_regression_on_the_last_state() -> None:
         optimizer = torch.optim.Adam(head.parameters(), lr=0.1 if loss == ValueLoss.hl_gauss else 0.03)
         for _ in range(400):
             optimizer.zero_grad()
-            head.loss(hidden, batch, divisor=batch.num_targets).loss.backward()
+            head.loss(hidden, batch, divisor=batch.counted).loss.backward()
             optimizer.step()
         statistics = head.loss(hidden, batch, divisor=None).statistics
         assert head.metrics(statistics.tolist())["explained_variance"] > 0.99, loss
@@ -582,7 +582,7 @@ def test_how_a_batch_is_cut_changes_nothing(tiny: list[str], tmp_path: Path, kin
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["sequences", "pairs"])
+@pytest.mark.parametrize("kind", ["sequences", pytest.param("pairs", marks=pytest.mark.slow)])
 def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, kind: str) -> None:
     """O8 on two ranks (DDP): the same gradients, the same metrics."""
     overrides = [*tiny, *VALUE, *KINDS[kind], *LINEAR]

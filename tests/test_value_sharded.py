@@ -145,6 +145,10 @@ def value_objective(rank: int, folder: Path) -> None:
     assert total.item() == pytest.approx(head.loss(backbone(step), step, divisor=None).loss.sum().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("work", [value_wrapper, ddp_wrapper, value_objective], ids=lambda work: work.__name__)
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(value_wrapper, marks=pytest.mark.slow), pytest.param(ddp_wrapper, marks=pytest.mark.slow), value_objective],
+    ids=lambda work: work.__name__,
+)
 def test_on_two_processes(work: Any, tmp_path: Path) -> None:
     on_two(work, tmp_path)

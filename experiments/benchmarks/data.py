@@ -1,16 +1,17 @@
 """How fast is the data path, and what does it cost beside the libraries that it stands on?
 
-    python experiments/benchmarks/data.py [--repeats N]
+    python experiments/benchmarks/data.py [--repeats N] [--json FILE]
 
 Prints medians of interleaved repeats in one process, per second of processor time (other work on the machine shows less), over the
 standard library and its 4,096-entry vocabulary: tokenising (read, check, encode, hash, write a part) against `tokenizers` alone on
 texts already in memory; the loader (read, transform, collate, with and without its thread) against torch's DataLoader over the same
-windows; and what a second `prepare` costs.
+windows; the same loader with fill in the middle and masking, end to end; and what a second `prepare` costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -26,6 +27,7 @@ import torch
 
 from heads_lightning.batch import Attention, Examples
 from heads_lightning.configs.data import StdlibConfig
+from heads_lightning.configs.objective import CausalConfig, FIMConfig, FIMCut, MLMConfig, ObjectiveConfig
 from heads_lightning.configs.tokenizer import BPEConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import _Setup, encode_part, prepare
@@ -35,6 +37,8 @@ from heads_lightning.data.tokenizer import Tokenizer
 from heads_lightning.objectives.base import Objective, SampleRandom, Window
 
 STEPS = 300
+TABLE: list[dict[str, float | str]] = []
+"""What was printed, for --json."""
 
 
 class Causal(Objective):
@@ -83,6 +87,37 @@ def tokenising(cache: str, prepared: PreparedData, repeats: int) -> None:
     ratio = statistics.median(a / w for a, w in zip(alone, whole, strict=True))
     print(f"tokenising, tokenizers alone   {num_bytes / statistics.median(alone) / 1e6:7.2f} MB per CPU-second")
     print(f"tokenising, parts on disk      {num_bytes / statistics.median(whole) / 1e6:7.2f} MB per CPU-second   {ratio:.2f} of it")
+    TABLE.append({"what": "tokenising, share of tokenizers alone", "ratio": round(ratio, 3)})
+
+
+def end_to_end(prepared: PreparedData, sequence_length: int, batch_size: int, repeats: int) -> None:
+    """Read, transform, collate to tensors: what a training step asks for."""
+    configs: dict[str, ObjectiveConfig] = {
+        "causal": CausalConfig(),
+        "fim char, rate 0.5": FIMConfig(),
+        "fim char, rate 1": FIMConfig(rate=1.0),
+        "fim token, rate 1": FIMConfig(rate=1.0, cut=FIMCut.token),
+        "mlm 80/10/10": MLMConfig(),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in configs}
+    for repeat in range(repeats + 1):
+        for name, config in configs.items():
+            data = TokenDataModule(
+                prepared,
+                config.build(prepared.vocabulary),
+                sequence_length=sequence_length,
+                global_batch_size=batch_size,
+                micro_batch_size=batch_size,
+                seed=0,
+                total_steps=STEPS + 2,
+                prefetch=False,
+            )
+            rate = _rate(iter(data.train_dataloader()), sequence_length * batch_size)
+            if repeat:  # the first fills caches
+                rates[name].append(rate)
+    for name, values in rates.items():
+        print(f"S {sequence_length:5d} B {batch_size:3d}  end to end, {name:20s} {statistics.median(values):7.1f} Mtok/CPU-s")
+        TABLE.append({"what": f"end to end, {name}", "length": sequence_length, "mtok_per_cpu_second": round(statistics.median(values), 1)})
 
 
 def loading(prepared: PreparedData, sequence_length: int, batch_size: int, repeats: int) -> None:
@@ -96,6 +131,7 @@ def loading(prepared: PreparedData, sequence_length: int, batch_size: int, repea
             global_batch_size=batch_size,
             micro_batch_size=batch_size,
             seed=0,
+            total_steps=STEPS + 2,
             prefetch=prefetch,
         )
         return _rate(iter(data.train_dataloader()), sequence_length * batch_size)
@@ -114,6 +150,14 @@ def loading(prepared: PreparedData, sequence_length: int, batch_size: int, repea
     for name, values in rates.items():
         ratio = statistics.median(v / t for v, t in zip(values, rates["torch DataLoader"], strict=True))
         print(f"S {sequence_length:5d} B {batch_size:3d}  {name:24s} {statistics.median(values):7.1f} Mtok/CPU-s   {ratio:.1f} x torch")
+        TABLE.append(
+            {
+                "what": name,
+                "length": sequence_length,
+                "mtok_per_cpu_second": round(statistics.median(values), 1),
+                "ratio": round(ratio, 2),
+            }
+        )
 
 
 def _rate(batches, tokens: int) -> float:
@@ -130,7 +174,9 @@ def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.proce
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--json", type=Path, help="write the table to a file")
+    args = parser.parse_args()
+    repeats = args.repeats
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         config = StdlibConfig(cache_dir=cache)
@@ -140,6 +186,11 @@ def main() -> None:
         tokenising(cache, prepared, repeats)
         for sequence_length, batch_size in ((256, 32), (512, 32), (1024, 16), (2048, 32)):
             loading(prepared, sequence_length, batch_size, repeats)
+        for sequence_length, batch_size in ((512, 64), (2048, 32)):
+            end_to_end(prepared, sequence_length, batch_size, repeats)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(TABLE, indent=1) + "\n")
 
 
 if __name__ == "__main__":

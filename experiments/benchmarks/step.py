@@ -44,7 +44,7 @@ class Clock:
 
 def by_hand(config: ExperimentConfig, steps: int) -> float:
     """Seconds per step of a plain loop."""
-    parts = build(config, say=lambda line: None)
+    parts = build(config)
     backbone, head = parts.module.backbone.train(), parts.module.head.train()
     optimizer = build_optimizer(config.optimizer, backbone, head)
     parameters = [*backbone.parameters(), *head.parameters()]
@@ -75,7 +75,7 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
     """Seconds per step of the toolkit, with progress, metrics and tracking as `train` has them."""
     from rich.console import Console
 
-    parts = build(config, say=lambda line: None)
+    parts = build(config)
     text = to_yaml(config)
     clock = Clock()
     with open_run(

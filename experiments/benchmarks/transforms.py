@@ -1,6 +1,6 @@
 """How fast are the objectives, and how much faster than the ways in common use? One process, one thread, interleaved repeats.
 
-    python experiments/benchmarks/transforms.py [--tokens 400000] [--batch 64] [--length 512] [--repeats 5]
+    python experiments/benchmarks/transforms.py [--tokens 400000] [--batch 64] [--length 512] [--repeats 5] [--json FILE]
 
 Data: the standard library's source, byte-level BPE of 4096 entries. Figures are raw tokens per CPU-second. Peers are written here in
 the style of public code: fill in the middle by decoding a piece, cutting the text and encoding its three parts (Megatron, bigcode);
@@ -13,6 +13,7 @@ the cost of all the rest. Training is between the two: its tables fill with the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sysconfig
@@ -27,10 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from heads_lightning.configs.objective import FIMConfig, FIMCut, FIMLevel, MLMConfig, MLMUnit, ObjectiveConfig, objectives
+from heads_lightning.configs.objective import FIMConfig, FIMCut, FIMLevel, MLMConfig, MLMCount, MLMUnit, ObjectiveConfig, objectives
 from heads_lightning.objectives.base import SampleRandom, Vocabulary
 
-SPECIAL = ["<eod>", "<pad>", "<mask>", "<pre>", "<suf>", "<mid>", "<end>"] + [f"<extra_{k}>" for k in range(100)]
+SPECIAL = [f"<|{name}|>" for name in ("eod", "pad", "mask", "pre", "suf", "mid", "end", *(f"extra_{k}" for k in range(100)))]
 
 
 def corpus(num_tokens: int) -> tuple[Tokenizer, Vocabulary, np.ndarray]:
@@ -123,7 +124,7 @@ def collator(tokenizer: Tokenizer, stream: np.ndarray, batch: int, length: int) 
     except ImportError:
         return None
     torch.set_num_threads(1)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<mask>", pad_token="<pad>", eos_token="<eod>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="<|mask|>", pad_token="<|pad|>", eos_token="<|eod|>")
     collate = DataCollatorForLanguageModeling(fast, mlm=True)
     rows = [{"input_ids": row} for row in stream[: len(stream) // length * length].reshape(-1, length).astype(np.int64).tolist()]
 
@@ -141,6 +142,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--syntax", action="store_true", help="also cuts of the syntax tree: slow")
+    parser.add_argument("--json", type=Path, help="write the table to a file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     tokenizer, vocabulary, stream = corpus(args.tokens)
@@ -164,7 +167,12 @@ def main() -> None:
         masking: (collator(tokenizer, stream, args.batch, args.length), ""),
         "mlm 80/10/10, tokens": (run(MLMConfig()), masking),
         "mlm 80/10/10, words": (run(MLMConfig(unit=MLMUnit.word)), masking),
+        "mlm 80/10/10, spans": (run(MLMConfig(unit=MLMUnit.span)), masking),
+        "mlm 80/10/10, exact count": (run(MLMConfig(count=MLMCount.exact)), masking),
+        "mlm 80/10/10, rate 0.3 to 0.15": (run(MLMConfig(rate_start=0.3, rate_tokens=args.tokens)), masking),
     }
+    if args.syntax:
+        cases["fim syntax, rate 1"] = (run(FIMConfig(rate=1.0, cut=FIMCut.syntax)), f"{reencode}, rate 1")
     for name, config in objectives.items():
         if name not in ("fim", "mlm"):
             cases[name] = (run(config()), "")
@@ -178,10 +186,17 @@ def main() -> None:
             if repeat:  # the first fills tables and caches
                 seconds[name].append((time.process_time() - start) / done)
     print(f"{len(stream)} tokens, windows of {args.length}, batches of {args.batch}, median of {args.repeats}")
+    table = []
     for name, values in seconds.items():
         peer = cases[name][1]
         ratio = statistics.median(seconds[peer]) / statistics.median(values) if peer in seconds else None
-        print(f"{name:48s} {1e-6 / statistics.median(values):8.1f} Mtok/s" + (f"   {ratio:6.1f} x {peer}" if ratio else ""))
+        speed = 1e-6 / statistics.median(values)
+        table.append({"transform": name, "mtok_per_cpu_second": round(speed, 2), "ratio": ratio and round(ratio, 1), "peer": peer})
+        print(f"{name:48s} {speed:8.1f} Mtok/s" + (f"   {ratio:6.1f} x {peer}" if ratio else ""))
+    if args.json:
+        facts = {"tokens": len(stream), "length": args.length, "batch": args.batch, "repeats": args.repeats}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"settings": facts, "rows": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class HuggingFace(Backbone):
         self.config = config
         self._described = _described(config)
         self._own_rows = int(self._described.get_text_config().vocab_size)
-        self.model = _assemble(config, self._described, max(vocab_size, self._own_rows))
+        self.model: Any = _assemble(config, self._described, max(vocab_size, self._own_rows))
         self.d_model = _width(self._described)
         if config.d_model not in (0, self.d_model):
             raise ConfigError(f"backbone.d_model={config.d_model}, but {config.source} has the width {self.d_model}; leave it out")

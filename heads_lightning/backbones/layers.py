@@ -8,6 +8,7 @@ Choices:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Cache
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import Activation
 from heads_lightning.configs.base import NormType
+from heads_lightning.configs.layers import Activation, RotaryScaling, RotaryScalingType
 
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.silu: F.silu,
@@ -29,6 +30,7 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.relu_squared: lambda x: F.relu(x).square(),
 }
 
+NOT_SCALED = RotaryScaling()
 QUERY_BLOCK = 128
 """Queries per block of `attend_in_blocks`: small enough that causal attention skips most of what it may not see."""
 LONGEST_IN_BLOCKS = 1024
@@ -87,7 +89,14 @@ class KeyValueCache(Cache):
         self._length += count
 
 
-def prepare_reading(batch: Batch, cache: Cache | None, like: Tensor, rotary_dim: int | None, rotary_base: float) -> Reading:
+def prepare_reading(
+    batch: Batch,
+    cache: Cache | None,
+    like: Tensor,
+    rotary_dim: int | None,
+    rotary_base: float,
+    rotary_scaling: RotaryScaling = NOT_SCALED,
+) -> Reading:
     """Positions, mask and rotary angles of one forward pass. `like` gives the parameters' device and type; rotary_dim None: no angles."""
     size, old = batch.tokens_BS.shape[1], 0
     segments_BT = batch.segments_BS
@@ -103,8 +112,21 @@ def prepare_reading(batch: Batch, cache: Cache | None, like: Tensor, rotary_dim:
     plain = segments_BT is None and batch.attention != Attention.prefix and (old == 0 or size == 1)
     bias = None if plain else attention_bias(batch, segments_BT, index, size, dtype)
     causal = batch.attention == Attention.causal and old == 0
-    rotary = None if rotary_dim is None else rotary_tables(positions, rotary_dim, rotary_base, like, dtype)
+    rotary = None if rotary_dim is None else rotary_tables(positions, rotary_dim, rotary_base, like, dtype, rotary_scaling)
     return Reading(positions, bias, causal, dtype, rotary)
+
+
+def local_reading(reading: Reading, batch: Batch, cache: Cache | None, window: int) -> Reading:
+    """The same pass for layers in which a position sees those at a distance below `window` alone."""
+    size, old = batch.tokens_BS.shape[1], 0 if cache is None else cache.length
+    if old + size <= window:
+        return reading
+    index = torch.arange(old + size, device=batch.tokens_BS.device)
+    bias = reading.bias_B1ST
+    if bias is None:
+        bias = attention_bias(batch, None, index, size, reading.compute_dtype)
+    far_ST = (index[old:, None] - index[None, :]).abs() >= window
+    return reading._replace(bias_B1ST=bias.masked_fill(far_ST, float("-inf")))
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:
@@ -140,13 +162,42 @@ def attention_bias(batch: Batch, segments_BT: Tensor | None, index_T: Tensor, si
     return bias_BST[:, None]
 
 
-def rotary_tables(positions: Tensor, rotary_dim: int, base: float, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: Tensor, rotary_dim: int, base: float, like: Tensor, dtype: torch.dtype, scaling: RotaryScaling = NOT_SCALED
+) -> tuple[Tensor, Tensor]:
     """Factors of `rotate` for angles position · base^(-2i/E), i < E/2 (arXiv 2104.09864, eq. 15), computed in fp32 or better."""
     exact = torch.promote_types(like.dtype, torch.float32)
     exponent = torch.arange(0, rotary_dim, 2, device=positions.device).to(exact) / rotary_dim
-    angles = positions[..., None, None].to(exact) * base**-exponent
+    frequencies = stretch(base**-exponent, scaling, base)
+    angles = positions[..., None, None].to(exact) * frequencies
     cos, sin = angles.cos(), angles.sin()
+    if scaling.temperature != 1:
+        cos, sin = cos * scaling.temperature, sin * scaling.temperature
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def stretch(frequencies: Tensor, scaling: RotaryScaling, base: float) -> Tensor:
+    """Rotary frequencies [E/2] for sequences `factor` times as long; see RotaryScalingType."""
+    if scaling.type == RotaryScalingType.none:
+        return frequencies
+    slow = frequencies / scaling.factor
+    if scaling.type == RotaryScalingType.linear:
+        return slow
+    if scaling.type == RotaryScalingType.llama3:
+        turns = scaling.original_positions * frequencies / (2 * math.pi)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        return torch.lerp(slow, frequencies, ((turns - low) / (high - low)).clamp(0, 1))
+    first, last = (_dimension_of(turns, scaling, base, 2 * len(frequencies)) for turns in (scaling.fast_turns, scaling.slow_turns))
+    if scaling.whole_dimensions:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * len(frequencies) - 1)
+    ramp = (torch.arange(len(frequencies), device=frequencies.device) - first) / (last - first or 1e-3)
+    return torch.lerp(frequencies, slow, ramp.clamp(0, 1).to(frequencies))
+
+
+def _dimension_of(turns: float, scaling: RotaryScaling, base: float, width: int) -> float:
+    """The (fractional) pair of dimensions that makes so many turns within the original positions (arXiv 2309.00071, section 3.2)."""
+    return width * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
 def rotate(x_BSHE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -208,34 +259,55 @@ class SelfAttention(nn.Module):
     """Grouped-query attention of a sequence to itself.
 
     Args:
-        qk_norm_eps: of the RMS norm of each head's queries and keys (arXiv 2302.05442). None: no such norm.
+        qkv_bias: biases of queries, keys and values.
+        output_bias: bias of the output projection.
+        qk_norm_eps: of the RMS norm of queries and keys (arXiv 2302.05442). None: no such norm.
+        qk_norm_heads: that norm is of each head by itself; otherwise of all heads together.
+        scale: multiplies the products of queries and keys. None: 1/sqrt(head_dim).
     """
 
     def __init__(
-        self, *, d_model: int, num_heads: int, num_kv_heads: int, head_dim: int, bias: bool = False, qk_norm_eps: float | None = None
+        self,
+        *,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        qk_norm_heads: bool = True,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.query = nn.Linear(d_model, num_heads * head_dim, bias=bias)
-        self.key = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
-        self.value = nn.Linear(d_model, num_kv_heads * head_dim, bias=bias)
-        self.output = nn.Linear(num_heads * head_dim, d_model, bias=bias)
-        self.query_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps) if qk_norm_eps is not None else None
-        self.key_norm = nn.RMSNorm(head_dim, eps=qk_norm_eps) if qk_norm_eps is not None else None
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.query = nn.Linear(d_model, num_heads * head_dim, bias=qkv_bias)
+        self.key = nn.Linear(d_model, num_kv_heads * head_dim, bias=qkv_bias)
+        self.value = nn.Linear(d_model, num_kv_heads * head_dim, bias=qkv_bias)
+        self.output = nn.Linear(num_heads * head_dim, d_model, bias=output_bias)
+        widths = (head_dim, head_dim) if qk_norm_heads else (num_heads * head_dim, num_kv_heads * head_dim)
+        self.query_norm = nn.RMSNorm(widths[0], eps=qk_norm_eps) if qk_norm_eps is not None else None
+        self.key_norm = nn.RMSNorm(widths[1], eps=qk_norm_eps) if qk_norm_eps is not None else None
 
     def forward(self, x_BSD: Tensor, reading: Reading, cache: KeyValueCache | None, layer: int) -> Tensor:
         """[B, S, D] to [B, S, D]; `layer` is this layer's place in the cache."""
         heads = (*x_BSD.shape[:2], -1, self.head_dim)
-        q, k, v = self.query(x_BSD).view(heads), self.key(x_BSD).view(heads), self.value(x_BSD).view(heads)
-        if self.query_norm is not None and self.key_norm is not None:
-            exact = self.query_norm.weight.dtype  # under autocast q and k are coarser; torch warns where a norm meets two types
-            q, k = self.query_norm(q.to(exact)).to(v.dtype), self.key_norm(k.to(exact)).to(v.dtype)
+        q, k, v = self.query(x_BSD), self.key(x_BSD), self.value(x_BSD).view(heads)
+        q, k = self._normed(q, self.query_norm).view(heads), self._normed(k, self.key_norm).view(heads)
         if reading.rotary is not None:
             q, k = rotate(q, reading.rotary), rotate(k, reading.rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        return self.output(attend(q, k, v, reading, self.head_dim**-0.5))
+        return self.output(attend(q, k, v, reading, self.scale))
+
+    def _normed(self, x_BSF: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+        """Queries or keys of all heads, normed by head or as a whole."""
+        if norm is None:
+            return x_BSF
+        exact = norm.weight.dtype  # under autocast x is coarser; torch warns where a norm meets two types
+        return norm(x_BSF.to(exact).unflatten(-1, (-1, norm.weight.shape[0]))).flatten(-2).to(x_BSF.dtype)
 
 
 class GatedFeedForward(nn.Module):

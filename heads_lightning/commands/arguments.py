@@ -19,7 +19,7 @@ def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     """(the dataclass filled in, what follows `--`). Fields without a default must be given."""
     assert is_dataclass(cls)
     words, _, free = _partition(list(arguments))
-    fields, values = fields_of(cls), {}
+    fields, values = _spelled(cls), {}
     for word in words:
         key, equals, text = word.lstrip("-").partition("=")
         if not equals:
@@ -31,7 +31,12 @@ def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     for name, field in fields.items():
         if field.default == MISSING and name not in values:
             raise ConfigError(f"{name} is needed: {name}=VALUE. {field.doc}")
-    return cls(**values), free
+    return cls(**{fields[key].name: value for key, value in values.items()}), free
+
+
+def _spelled(cls: type) -> dict[str, Field]:
+    """Fields by the word that the user writes: `from_` is `from`, which Python keeps for itself."""
+    return {name.rstrip("_"): field for name, field in fields_of(cls).items()}
 
 
 def _partition(arguments: list[str]) -> tuple[list[str], bool, list[str]]:
@@ -64,7 +69,7 @@ def _converted(key: str, field: Field, text: str) -> Any:
 def describe(cls: type) -> list[str]:
     """The arguments in lines for `--help`."""
     lines = ["arguments (KEY=VALUE):"]
-    for name, field in fields_of(cls).items():
+    for name, field in _spelled(cls).items():
         default = "needed" if field.default == MISSING else "null" if field.default is None else str(field.default)
         lines += textwrap.wrap(f"{name:18} {field.type_name}, {default}: {field.doc}", 110, initial_indent="  ", subsequent_indent=" " * 21)
     return lines

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from heads_lightning.commands.show import as_json, table, text_of
+from heads_lightning.commands.words import taken
 from heads_lightning.composition import compose, flatten, from_yaml
 from heads_lightning.composition.provenance import traced
 from heads_lightning.configs.experiment import ExperimentConfig
@@ -12,7 +13,7 @@ from heads_lightning.registry import ConfigError
 
 def main(arguments: Sequence[str]) -> None:
     """`heads-lightning config [OVERRIDES] [--config-dir FOLDER] [--json]`, or `config --diff A B`."""
-    words, config_dir = _taken(list(arguments), "--config-dir")
+    words, config_dir = taken(list(arguments), "--config-dir", "FOLDER")
     as_text = "--json" not in words
     words = [word for word in words if word != "--json"]
     if "--diff" in words:
@@ -25,18 +26,6 @@ def main(arguments: Sequence[str]) -> None:
         table([(v.key, text_of(v.value), v.origin) for v in values], ("setting", "value", "from"))
     else:
         as_json({v.key: {"value": v.value, "from": v.origin} for v in values})
-
-
-def _taken(words: list[str], flag: str) -> tuple[list[str], str | None]:
-    """The words without `flag VALUE` or `flag=VALUE`, and its value."""
-    for i, word in enumerate(words):
-        if word.startswith(f"{flag}="):
-            return words[:i] + words[i + 1 :], word.partition("=")[2]
-        if word == flag:
-            if i + 1 == len(words):
-                raise ConfigError(f"{flag} needs a value: {flag} FOLDER")
-            return words[:i] + words[i + 2 :], words[i + 1]
-    return words, None
 
 
 def _difference(sides: list[str], config_dir: str | None, *, as_text: bool) -> None:

@@ -38,8 +38,10 @@ class Command(NamedTuple):
 
 
 OVERRIDES = "[GROUP=OPTION …] [GROUP.FIELD=VALUE …]"
-HYDRA_COMMANDS = ("train", "prepare", "check")
+HYDRA_COMMANDS = ("train", "prepare")
 """Run through Hydra: its flags and completion work."""
+READS_OVERRIDES = (*HYDRA_COMMANDS, "check", "config")
+"""Take an experiment's overrides."""
 
 COMMANDS: dict[str, Command] = {
     "train": Command("hydra_application:train", "prepare data, train, evaluate, save", f"{OVERRIDES} [-m] [--cfg job]", (
@@ -52,18 +54,18 @@ COMMANDS: dict[str, Command] = {
         "infill checkpoint=RUN prefix_file=a.py suffix_file=b.py", "infill checkpoint=RUN -- 'def f(' '): return 1'")),
     "prepare": Command("hydra_application:prepare", "tokenise the data of an experiment", OVERRIDES, (
         "prepare", "prepare data=files data.root=src tokenizer.vocab_size=8192")),
-    "check": Command("hydra_application:check", "try an experiment out before it costs anything", OVERRIDES, (
-        "check", "check objective=mlm head=mlm")),
+    "check": Command("check:main", "try an experiment out before it costs anything", f"{OVERRIDES} [--json] [--config-only]", (
+        "check objective=mlm head=mlm", "check --config-only --config-dir my_conf")),
     "list": Command("list:main", "options of every group, and fields of an option", "[GROUP[=OPTION]] [--json]", (
         "list head", "list objective=fim")),
     "config": Command("config:main", "the composed configuration, and where each value comes from", f"{OVERRIDES} [--json]", (
         "config objective=mlm head=mlm", "config experiment=fim_proof --json")),
     "schema": Command("schema:main", "JSON Schema of configuration files, for editors", "[GROUP] [--out FOLDER]", (
         "schema", "schema --out conf/schema")),
-    "convert": Command("convert:main", "checkpoints to and from Hugging Face", "[KEY=VALUE …]", (
-        "convert checkpoint=RUN to=folder", "convert from=folder to=run")),
-    "compare": Command("compare:main", "the cells of a sweep side by side, with pictures", "SWEEP", (
-        "compare runs/sweeps/2026-01-31_12-00-00_000000", "compare SWEEP")),
+    "convert": Command("convert:main", "checkpoints to and from Hugging Face", "from=RUN|FOLDER out=FOLDER [KEY=VALUE …]", (
+        "convert from=RUN to=huggingface out=exported", "convert from=downloaded/llama to=native out=llama")),
+    "compare": Command("compare:main", "runs side by side, or the cells of a sweep", "RUN RUN … | SWEEP [by=MEASURE] [--json]", (
+        "compare runs/a runs/b by=infill_bits_per_byte", "compare SWEEP")),
     "runs": Command("runs:main", "runs in the run folder; --reap closes those without a process", "[run_root=FOLDER] [--reap] [--json]", (
         "runs", "runs --reap run_root=elsewhere")),
 }  # fmt: skip
@@ -124,7 +126,7 @@ def program_help() -> str:
 def command_help(name: str, command: Command) -> str:
     """What `COMMAND --help` prints."""
     lines = [f"usage: {PROGRAM} {name} {command.usage}", "", f"{command.summary[0].upper()}{command.summary[1:]}.", ""]
-    if name in (*HYDRA_COMMANDS, "config"):
+    if name in READS_OVERRIDES:
         from heads_lightning.commands.help import choices
 
         lines += [*choices(), ""]
@@ -132,7 +134,7 @@ def command_help(name: str, command: Command) -> str:
         from heads_lightning.commands.help import HYDRA_FLAGS
 
         lines += [HYDRA_FLAGS, ""]
-    if name not in (*HYDRA_COMMANDS, "config"):
+    if name not in READS_OVERRIDES:
         lines += _fields_help(command)
     return "\n".join([*lines, "examples:", *(f"  {PROGRAM} {example}" for example in command.examples)])
 
@@ -157,7 +159,7 @@ def complete(arguments: list[str]) -> int:
         hydra_application.main("train", arguments)
     elif len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
         print(" ".join(available()))
-    elif words[1] in (*HYDRA_COMMANDS, "config"):
+    elif words[1] in READS_OVERRIDES:
         os.environ["COMP_LINE"] = line.replace(f"{words[1]} ", "", 1)
         hydra_application.main("train", arguments)
     elif words[1] == "list":

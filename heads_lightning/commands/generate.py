@@ -19,12 +19,17 @@ def main(arguments: Sequence[str]) -> None:
     request, texts = read(GenerateRequest, arguments)
     prompt = _prompt(request, texts)
     model = asking.load_model(request)
-    from heads_lightning.scoring import can_read_left_to_right
+    from heads_lightning import masked
+    from heads_lightning.abilities import can_read_left_to_right, opening
     from heads_lightning.span_filling import continues_text
 
+    if masked.is_diffusion(model):
+        new = {"new_tokens": request.max_new_tokens, "steps": request.steps, "temperature": request.temperature, "seed": request.seed}
+        print(prompt + masked.fill(model, prompt, "", **new))
+        return
     if not (can_read_left_to_right(model) or continues_text(model.config.objective)):
         raise ConfigError(f"{request.checkpoint} was trained with objective={model.config.objective.name} and cannot continue a text")
-    ids = [model.tokenizer.vocabulary.end_of_document, *model.tokenizer.encode(prompt)]
+    ids = [opening(model), *model.tokenizer.encode(prompt)]
     out = asking.answer(model, [int(i) for i in ids], request, stop_ids=[model.tokenizer.vocabulary.end_of_document])
     print(prompt + model.tokenizer.decode(out))
 

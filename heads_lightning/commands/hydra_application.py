@@ -1,4 +1,4 @@
-"""The commands that run through Hydra, so that its own flags, launchers and sweepers work: `train`, `prepare`, `check`.
+"""The commands that run through Hydra, so that its own flags, launchers and sweepers work: `train`, `prepare`.
 
 Hydra is asked to raise instead of printing; dispatch.py turns what it raises into one line. The task functions live here, in an
 importable module, since launchers pickle them. A single run and every cell of a grid are composed and checked before the first run
@@ -42,11 +42,6 @@ def prepare(arguments: Sequence[str]) -> None:
     main("prepare", arguments)
 
 
-def check(arguments: Sequence[str]) -> None:
-    """`heads-lightning check`."""
-    main("check", arguments)
-
-
 def train_task(tree: DictConfig) -> Any:
     """One job of `heads-lightning train`."""
     return _job("train", tree)
@@ -57,12 +52,7 @@ def prepare_task(tree: DictConfig) -> Any:
     return _job("prepare", tree)
 
 
-def check_task(tree: DictConfig) -> Any:
-    """One job of `heads-lightning check`."""
-    return _job("check", tree)
-
-
-TASKS: dict[str, Callable[[DictConfig], Any]] = {"train": train_task, "prepare": prepare_task, "check": check_task}
+TASKS: dict[str, Callable[[DictConfig], Any]] = {"train": train_task, "prepare": prepare_task}
 
 
 class Refused(BaseException):

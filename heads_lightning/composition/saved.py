@@ -76,6 +76,9 @@ def from_yaml(source: str | Path) -> ExperimentConfig:
 
 def section_from(cls: type[S], tree: dict[str, Any], where: str) -> S:
     """A section of an experiment (a dataclass) from its nested dict; `where` says in refusals what was read."""
+    from heads_lightning.composition.store import prepare_store
+
+    prepare_store()
     return _rebuild(cls, tree, "", where)
 
 

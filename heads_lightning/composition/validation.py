@@ -21,6 +21,8 @@ from heads_lightning.configs.t5 import OUTPUTS, STYLES, T5Config, T5LMHeadConfig
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.registry import ConfigError
 
+MOST_NAMED = 4
+"""Options that a refusal names."""
 FIM_LEAST = 8
 """Positions that fill-in-the-middle needs: four markers and a token or two of each part."""
 
@@ -35,6 +37,7 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     """What of this experiment cannot work together, one sentence each."""
     yield from _attention(config)
     yield from _prediction(config)
+    yield from _steps_ahead(config)
     yield from _values(config)
     yield from _tied(config)
     yield from _vocabulary(config)
@@ -49,7 +52,7 @@ def _attention(config: ExperimentConfig) -> Iterator[str]:
         able = [
             " with ".join(filter(None, (f"backbone={name}", _overrides(cls.fields_for(wanted)))))
             for name, cls in backbones.items()
-            if wanted in cls.supports
+            if wanted in cls.supports and not cls.builds_another
         ]
         if here := config.backbone.fields_for(wanted):
             able = [_overrides(here)]
@@ -75,6 +78,20 @@ def _prediction(config: ExperimentConfig) -> Iterator[str]:
         )
 
 
+def _steps_ahead(config: ExperimentConfig) -> Iterator[str]:
+    wanted, given = getattr(config.objective, "steps_ahead", 0), getattr(config.head, "steps_ahead", 0)
+    if wanted and not hasattr(config.head, "steps_ahead"):
+        yield (
+            f"objective={config.objective.name} predicts several steps, head={config.head.name} one; "
+            f"use head=default head.steps_ahead={wanted}"
+        )
+    elif wanted != given:
+        yield (
+            f"objective={config.objective.name} predicts {wanted} steps beyond the next token, the head {given}; "
+            f"use head.steps_ahead={wanted}"
+        )
+
+
 def _values(config: ExperimentConfig) -> Iterator[str]:
     objective, head = config.objective, config.head
     if not isinstance(objective, ValueConfig):
@@ -90,7 +107,8 @@ def _values(config: ExperimentConfig) -> Iterator[str]:
 
 
 def _either(names: list[str]) -> str:
-    return " or ".join(names) or "another part (none of those installed fits)"
+    shown = [*names[:MOST_NAMED], *([f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else [])]
+    return " or ".join(shown) or "another part (none of those installed fits)"
 
 
 def _tied(config: ExperimentConfig) -> Iterator[str]:
@@ -102,15 +120,27 @@ def _tied(config: ExperimentConfig) -> Iterator[str]:
 def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
     if "sentinels" in config.objective.special_tokens and config.tokenizer.num_sentinels < 1:
         yield f"objective={config.objective.name} needs sentinel tokens; use e.g. tokenizer.num_sentinels=100"
+    modes = getattr(config.objective, "num_modes", 0)
+    if modes > config.tokenizer.num_sentinels:
+        yield (
+            f"objective.parts wants {modes} mode tokens, which are made of sentinels, and there are {config.tokenizer.num_sentinels}; "
+            f"use tokenizer.num_sentinels={modes} or more"
+        )
+    if config.data.tokenized and config.tokenizer.trained:
+        yield (
+            f"data={config.data.name} is token ids already, and tokenizer={config.tokenizer.name} would be trained on text; "
+            f"use the tokenizer that made them: tokenizer=huggingface tokenizer.path=FOLDER"
+        )
 
 
 def _lengths(config: ExperimentConfig) -> Iterator[str]:
-    length, backbone = config.data.sequence_length, config.backbone
+    length, backbone = config.data.length_start or config.data.sequence_length, config.backbone.described()
     if config.objective.name == "fim" and length < FIM_LEAST:
         yield (
-            f"data.sequence_length={length} is too short for objective=fim: its four markers and three parts need "
-            f"data.sequence_length={FIM_LEAST} or more"
+            f"data.{'length_start' if config.data.length_start else 'sequence_length'}={length} is too short for objective=fim: its four "
+            f"markers and three parts need {FIM_LEAST} positions or more"
         )
+    length = config.data.sequence_length
     positions = getattr(backbone, "max_positions", None)
     learned, other = getattr(backbone, "position", None) == "learned", f"backbone.position={backbone.boundless_position}"
     if isinstance(backbone, T5Config):

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
 from heads_lightning.configs.base import LayerNormConfig, NormType, Option
+from heads_lightning.configs.layers import (
+    Activation,
+    AttentionBias,
+    CausalForm,
+    Convolution,
+    Direction,
+    FeedForward,
+    GateActivation,
+    LocalAttention,
+    NormPlacement,
+    Position,
+    QKNormWidth,
+    RotaryScaling,
+)
 from heads_lightning.registry import ConfigError, Registry
 
 if TYPE_CHECKING:
@@ -21,6 +35,8 @@ class BackboneConfig(Option):
     group: ClassVar[str] = "backbone"
     supports: ClassVar[frozenset[Attention]] = frozenset()
     """Attention kinds that it can give; an objective that needs another is refused while composing."""
+    builds_another: ClassVar[bool] = False
+    """True: the option takes its config from a checkpoint, and is no architecture of its own."""
     boundless_position: ClassVar[str] = "rotary"
     """Value of a field `position` that has no longest sequence, to be suggested where one is exceeded."""
 
@@ -32,6 +48,10 @@ class BackboneConfig(Option):
         """Attention kinds of this very config (a field may narrow what the class supports)."""
         return self.supports
 
+    def described(self) -> BackboneConfig:
+        """The config of what is built: this one, unless it takes another's from elsewhere."""
+        return self
+
     @classmethod
     def fields_for(cls, attention: Attention) -> dict[str, Any]:
         """Fields, and their values, that make this option give `attention`; empty where none matters."""
@@ -40,6 +60,10 @@ class BackboneConfig(Option):
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         """The module (heads_lightning.backbones.base.Backbone)."""
         raise NotImplementedError  # abstract
+
+    def load_pretrained(self, backbone: Any, head: Any = None) -> list[str]:
+        """Fill modules that were just initialised with weights from elsewhere; returns lines that say what was done. Most have none."""
+        return []
 
     def num_params(self, vocab_size: int) -> int:
         """Learned numbers, the embedding included."""
@@ -56,43 +80,16 @@ class BackboneConfig(Option):
 backbones: Registry[BackboneConfig] = Registry("backbone", BackboneConfig)
 
 
-class Position(StrEnum):
-    """How positions are told apart."""
-
-    rotary = "rotary"
-    """Rotary embedding of queries and keys (arXiv 2104.09864)."""
-    learned = "learned"
-    """A learned vector per position, added to the embedding."""
-    none = "none"
-
-
-class FeedForward(StrEnum):
-    """Shape of the feed-forward part."""
-
-    gated = "gated"
-    """act(W1 x) * (W3 x), then W2 (arXiv 2002.05202)."""
-    plain = "plain"
-    """act(W1 x), then W2."""
-
-
-class Activation(StrEnum):
-    """Non-linearity of the feed-forward part."""
-
-    silu = "silu"
-    gelu = "gelu"
-    gelu_tanh = "gelu_tanh"
-    """GELU by its tanh approximation (GPT-2, T5.1.1)."""
-    relu = "relu"
-    relu_squared = "relu_squared"
-
-
 _ANY = frozenset({Attention.causal, Attention.bidirectional, Attention.prefix})
 
 
 @backbones.register("transformer")
 @dataclass
 class TransformerConfig(BackboneConfig):
-    """A pre-norm transformer, causal, bidirectional or prefix as the objective asks."""
+    """A transformer, causal, bidirectional or prefix as the objective asks.
+
+    As it stands, it is Llama's; its options make it GPT-2, BERT, ModernBERT, Mistral, Qwen2, Qwen3 or OLMo 2 to the bit.
+    """
 
     supports: ClassVar[frozenset[Attention]] = _ANY
 
@@ -117,14 +114,36 @@ class TransformerConfig(BackboneConfig):
     """Kind of norm before attention, before the feed-forward part, and at the end."""
     norm_eps: float = 1e-5
     """Added to the variance before the root."""
+    norm_placement: NormPlacement = NormPlacement.pre
+    """Where a block has its norms."""
+    embedding_norm: bool = False
+    """A norm of the embedding. The first block, if pre-norm, then has none before its attention (ModernBERT)."""
     qk_norm: bool = False
-    """RMS norm of each head's queries and keys (arXiv 2302.05442)."""
+    """RMS norm of queries and keys (arXiv 2302.05442)."""
+    qk_norm_width: QKNormWidth = QKNormWidth.head
+    """Over what qk_norm is taken."""
     bias: bool = False
-    """Biases in the linear layers (and in layer_norm)."""
+    """Biases in the linear layers (and in layer_norm), where the next three do not say otherwise."""
+    attention_bias: AttentionBias | None = None
+    """Biases of attention. None: all or none, as `bias`."""
+    feed_forward_bias: bool | None = None
+    """Biases of the feed-forward part. None: as `bias`."""
+    norm_bias: bool | None = None
+    """Shifts of layer_norm. None: as `bias`."""
+    attention_scale: float | None = None
+    """Multiplies the products of queries and keys. None: 1/sqrt(width of a head)."""
+    local_attention: LocalAttention = dataclasses.field(default_factory=LocalAttention)
+    """Layers with a sliding window."""
+    embedding_scale: float = 1.0
+    """Multiplies the embedding; sqrt(d_model) in the original transformer."""
+    token_types: int = 0
+    """Rows of a second embedding (BERT's segment ids; 2 there). Every position here is of type 0. 0: no such embedding."""
     position: Position = Position.rotary
     """How positions are told apart."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
+    rotary_scaling: RotaryScaling = dataclasses.field(default_factory=RotaryScaling)
+    """Stretch of the rotary frequencies for longer sequences."""
     max_positions: int = 2048
     """Longest sequence with position=learned; size of the table. Others have no limit."""
     dropout: float = 0.0
@@ -137,6 +156,8 @@ class TransformerConfig(BackboneConfig):
         for field in ("d_model", "num_layers", "num_heads", "max_positions"):
             self.require(getattr(self, field) >= 1, field, "1 or more")
         self.require(0 <= self.dropout < 1, "dropout", "0 <= dropout < 1")
+        self.require(self.token_types >= 0, "token_types", "0 or more")
+        self._check_local_attention()
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ConfigError(
                 f"backbone.d_model={self.d_model} is not divisible by backbone.num_heads={self.num_heads}; "
@@ -147,10 +168,31 @@ class TransformerConfig(BackboneConfig):
         if self.position == Position.rotary and self.width_of_head % 2:
             raise ConfigError(f"rotary positions need an even head width, not {self.width_of_head}; set backbone.head_dim")
 
+    def _check_local_attention(self) -> None:
+        if self.local_attention.window is not None and self.local_attention.window < 1:
+            raise ConfigError(f"backbone.local_attention.window={self.local_attention.window} is out of range; it takes 1 or more, or null")
+        beyond = [layer for layer in self.local_attention.global_layers if not 0 <= layer < self.num_layers]
+        if beyond:
+            raise ConfigError(
+                f"backbone.local_attention.global_layers names {beyond}, but backbone.num_layers={self.num_layers}; layers count from 0"
+            )
+
     @property
     def kv_heads(self) -> int:
         """Key/value heads in effect."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def biases_of_attention(self) -> AttentionBias:
+        """attention_bias in effect."""
+        if self.attention_bias is not None:
+            return self.attention_bias
+        return AttentionBias.all if self.bias else AttentionBias.none
+
+    @property
+    def has_feed_forward_bias(self) -> bool:
+        """feed_forward_bias in effect."""
+        return self.bias if self.feed_forward_bias is None else self.feed_forward_bias
 
     @property
     def width_of_head(self) -> int:
@@ -167,7 +209,19 @@ class TransformerConfig(BackboneConfig):
 
     def norm_config(self) -> LayerNormConfig:
         """The norm that the blocks use."""
-        return LayerNormConfig(name=self.norm, eps=self.norm_eps, bias=self.bias)
+        return LayerNormConfig(name=self.norm, eps=self.norm_eps, bias=self.bias if self.norm_bias is None else self.norm_bias)
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer sees its window alone."""
+        return self.local_attention.window is not None and layer not in self.local_attention.global_layers
+
+    @property
+    def num_norms(self) -> int:
+        """Norms of width d_model."""
+        if self.norm_placement == NormPlacement.post:
+            return 2 * self.num_layers + self.embedding_norm
+        first_is_left_out = self.embedding_norm and self.norm_placement == NormPlacement.pre
+        return 2 * self.num_layers + 1 + self.embedding_norm - first_is_left_out
 
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         from heads_lightning.backbones.transformer import Transformer
@@ -182,12 +236,14 @@ class TransformerConfig(BackboneConfig):
 
     def num_params(self, vocab_size: int) -> int:
         d, h, k, e, f = self.d_model, self.num_heads, self.kv_heads, self.width_of_head, self.ff_dim
-        norm = self.norm_config().num_params(d)
-        inner_biases = e * (h + 2 * k) + (2 if self.feed_forward == FeedForward.gated else 1) * f
-        biases = inner_biases + 2 * d if self.bias else 0
-        positions = self.max_positions * d if self.position == Position.learned else 0
-        vectors = self.num_layers * (2 * norm + biases + (2 * e if self.qk_norm else 0)) + norm
-        return vocab_size * d + positions + self._matrix_params() + vectors
+        attention = {AttentionBias.none: 0, AttentionBias.qkv: e * (h + 2 * k), AttentionBias.all: e * (h + 2 * k) + d}
+        biases = attention[self.biases_of_attention]
+        if self.has_feed_forward_bias:
+            biases += (2 if self.feed_forward == FeedForward.gated else 1) * f + d
+        if self.qk_norm:
+            biases += 2 * e if self.qk_norm_width == QKNormWidth.head else (h + k) * e
+        tables = vocab_size + self.token_types + (self.max_positions if self.position == Position.learned else 0)
+        return tables * d + self._matrix_params() + self.num_layers * biases + self.num_norms * self.norm_config().num_params(d)
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         return 6 * self._matrix_params() + 12 * self.num_layers * self.num_heads * self.width_of_head * sequence_length
@@ -255,46 +311,6 @@ class NGPTConfig(BackboneConfig):
 
     def num_flops_per_token(self, sequence_length: int) -> int:
         return 6 * self._matrix_params() + 12 * self.num_layers * self.d_model * sequence_length
-
-
-class Direction(StrEnum):
-    """What a recurrent backbone reads."""
-
-    bidirectional = "bidirectional"
-    """The whole sequence: masked language modelling."""
-    causal = "causal"
-    """What came before: left-to-right and infilling objectives, generation with a state of constant size."""
-
-
-class CausalForm(StrEnum):
-    """What becomes of the backward branch of BiGS when it may not look ahead."""
-
-    dual = "dual"
-    """A second state-space model, causal as the first: the parameters of the bidirectional model, so that one can be started from it."""
-    gate = "gate"
-    """No state: the branch gates by the position itself."""
-    single = "single"
-    """No such branch."""
-
-
-class Convolution(StrEnum):
-    """How a sequence is convolved with a state-space model's kernel. Always the same numbers, within rounding."""
-
-    auto = "auto"
-    """fft where a row is one document, chunked where documents are packed: the faster one where there is a choice, as measured on CPU."""
-    fft = "fft"
-    """Fourier transform. Packed rows, at whose borders it cannot stop, are read in chunks all the same."""
-    chunked = "chunked"
-    """Matrix products inside chunks and a state between them; up to 256 positions one chunk."""
-
-
-class GateActivation(StrEnum):
-    """Form of the Gaussian error linear unit in BiGS's gates. They differ by up to 5e-4."""
-
-    gelu_tanh = "gelu_tanh"
-    """tanh approximation: what the published checkpoints were trained with."""
-    gelu = "gelu"
-    """Exact: what the published PyTorch port computes."""
 
 
 @backbones.register("bigs")

@@ -1,10 +1,12 @@
 """What every option shares: its name, the guard on that name, and the enums that several groups use."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import ClassVar
+from types import NoneType
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
-from heads_lightning.registry import ConfigError
+from heads_lightning.registry import ConfigError, nearest
 
 
 class DType(StrEnum):
@@ -64,3 +66,37 @@ class Option:
         """Refuse the value of `field` unless `ok`: one line with what was given, what is allowed and where."""
         if not ok:
             raise ConfigError(f"{self.group}.{field}={getattr(self, field)} is out of range; {self.group}={self.name} allows {allowed}")
+
+
+O = TypeVar("O", bound=Option)
+
+
+def from_mapping(cls: type[O], settings: Mapping[str, Any], place: str, *, without: Collection[str] = ()) -> O:
+    """An option from plain values, each checked against the type of its field; `without`: fields that cannot be given here."""
+    hints = get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in fields(cls) if f.name not in ("name", *without)}
+    values = {}
+    for key, value in settings.items():
+        if key not in known:
+            raise ConfigError(f"{place}.{key} does not exist.{nearest(key, known)} Available: {', '.join(known)}")
+        values[key] = _parse(known[key], value, f"{place}.{key}")
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"{cls.group}.", f"{place}.", 1)) from None
+
+
+def _parse(kind: Any, value: Any, place: str) -> Any:
+    """`value` as a member of the enum, or a number, that the field is; other types as they are."""
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        if value not in list(kind):
+            raise ConfigError(f"{place}={value} is not possible; it is {', '.join(kind)}")
+        return kind(value)
+    members = [member for member in get_args(kind) if member is not NoneType]
+    if members:  # X | None
+        return None if value is None else _parse(members[0], value, place)
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{place}={value} is not possible; it is a {kind.__name__}")
+        return kind(value)
+    return value

@@ -13,6 +13,8 @@ class EvaluationConfig:
     """Held-out tokens scored left to right."""
     infill_lines: int = 100
     """Held-out lines hidden one at a time: scored, and infilled greedily."""
+    random_spans: int = 100
+    """Random stretches of 1 to 60 characters hidden one at a time: scored, and infilled greedily."""
     prefix_characters: int = 1500
     """Characters shown before a hidden line."""
     suffix_characters: int = 700

@@ -131,6 +131,12 @@ class DefaultLMHeadConfig(LMHeadConfig):
     name: str = "default"
     bias: bool | None = None
     """Learned bias [V]. None: True, as in OLMo-core, unless tied."""
+    steps_ahead: int = 0
+    """Steps predicted beyond the next token (objective=multi_token): d_model² numbers each, before the shared projection."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.steps_ahead >= 0, "steps_ahead", "0 or more")
 
     def build(
         self,
@@ -150,7 +156,7 @@ class DefaultLMHeadConfig(LMHeadConfig):
         return (not self.is_tied) if self.bias is None else self.bias
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
-        return self._size(d_model, vocab_size, bias=self.has_bias)
+        return self._size(d_model, vocab_size, bias=self.has_bias) + self.steps_ahead * d_model**2
 
 
 @heads.register("normalized")
@@ -194,13 +200,16 @@ class MLMHeadConfig(LMHeadConfig):
 
     name: str = "mlm"
     activation: str = "gelu"
-    """Between dense layer and norm: gelu, relu or silu."""
+    """Between dense layer and norm: gelu, gelu_tanh, relu or silu."""
+    dense_bias: bool = True
+    """Learned bias of the dense layer."""
     bias: bool | None = None
     """Learned bias [V]. None: True."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.activation in ("gelu", "relu", "silu"), "activation", "gelu, relu, silu")
+        allowed = ("gelu", "gelu_tanh", "relu", "silu")
+        self.require(self.activation in allowed, "activation", ", ".join(allowed))
 
     def build(
         self,
@@ -221,4 +230,5 @@ class MLMHeadConfig(LMHeadConfig):
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
         norm = 0 if self.layer_norm else d_model  # BERT's norm is part of the head: RMS unless layer_norm says otherwise
-        return self._size(d_model, vocab_size, bias=self.has_bias) + d_model * d_model + d_model + norm
+        dense = d_model * d_model + (d_model if self.dense_bias else 0)
+        return self._size(d_model, vocab_size, bias=self.has_bias) + dense + norm

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.base import Option
-from heads_lightning.registry import ConfigError, Registry, nearest
+from heads_lightning.configs.fim_format import FIMCut, FIMLayouts, FIMLevel, FIMLoss, SPMLayout, fim_format
+from heads_lightning.configs.objective_base import ObjectiveConfig as ObjectiveConfig
+from heads_lightning.configs.objective_base import objectives as objectives
+from heads_lightning.registry import ConfigError
 
 if TYPE_CHECKING:
     from heads_lightning.objectives.base import Vocabulary
-
-
-@dataclass
-class ObjectiveConfig(Option):
-    """Base of every objective."""
-
-    group: ClassVar[str] = "objective"
-    predicts: ClassVar[str] = "token"
-    """What a target is: must equal the head's `predicts`."""
-    attention: ClassVar[Attention] = Attention.causal
-    """Which positions a position may see."""
-    other_attention: ClassVar[frozenset[Attention]] = frozenset()
-    """Attention kinds that it takes on other backbones (see `fitted`)."""
-    special_tokens: ClassVar[tuple[str, ...]] = ()
-    """Roles of the special tokens that it needs: names of fields of objectives.base.Vocabulary."""
-
-    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
-        """This objective in the form that a backbone with these attention kinds trains with; itself where there is one form alone."""
-        return self
-
-    def build(self, vocabulary: Vocabulary) -> Any:
-        """The objective (heads_lightning.objectives.base.Objective) for a vocabulary."""
-        raise NotImplementedError  # abstract
-
-
-objectives: Registry[ObjectiveConfig] = Registry("objective", ObjectiveConfig)
 
 
 @objectives.register("causal")
@@ -54,44 +29,6 @@ class CausalConfig(ObjectiveConfig):
         return Causal(self, vocabulary)
 
 
-class FIMCut(StrEnum):
-    """Where a document may be cut into prefix, middle and suffix."""
-
-    char = "char"
-    """Between any two characters; the parts are tokenised as if each stood alone."""
-    token = "token"
-    """Between two tokens."""
-    line = "line"
-    """Between two lines; the parts are tokenised as if each stood alone."""
-
-
-class FIMLevel(StrEnum):
-    """What is cut (arXiv 2207.14255, section 3)."""
-
-    context = "context"
-    """The pieces of documents in a window, after the window is chosen: no piece is ever broken."""
-    document = "document"
-    """Whole documents, before windows are chosen: windows break most of them (kept for comparison)."""
-
-
-class SPMLayout(StrEnum):
-    """The two layouts that are both called suffix–prefix–middle (arXiv 2207.14255, section 3)."""
-
-    variant1 = "variant1"
-    """SUF suffix PRE prefix MID middle END."""
-    variant2 = "variant2"
-    """PRE SUF suffix MID prefix middle END: prefix and middle stay one stream of text (StarCoder, Megatron)."""
-
-
-class FIMLoss(StrEnum):
-    """Which positions of a transformed piece have a target."""
-
-    all = "all"
-    """All: what keeps left-to-right quality (arXiv 2207.14255)."""
-    middle = "middle"
-    """The middle and its end marker alone."""
-
-
 @objectives.register("fim")
 @dataclass
 class FIMConfig(ObjectiveConfig):
@@ -102,26 +39,59 @@ class FIMConfig(ObjectiveConfig):
     name: str = "fim"
     rate: float = 0.5
     """Share of pieces that are transformed; the others stay left to right."""
-    spm_rate: float = 0.5
-    """Share of transformed pieces laid out suffix–prefix–middle; the others prefix–suffix–middle."""
+    rate_start: float | None = None
+    """Share at the beginning of training. None: `rate` throughout."""
+    rate_tokens: int = 0
+    """Positions of training over which the share goes linearly from rate_start to rate. 0: no schedule."""
+    spm_rate: float | None = None
+    """Share of transformed pieces laid out suffix–prefix–middle; the others prefix–suffix–middle. None: half, or the one layout that the
+    format knows."""
     cut: FIMCut = FIMCut.char
     """Where cuts may fall."""
     level: FIMLevel = FIMLevel.context
     """What is cut: pieces of a window, or whole documents."""
-    spm: SPMLayout = SPMLayout.variant2
-    """Layout of suffix–prefix–middle."""
+    spm: SPMLayout | None = None
+    """Layout of suffix–prefix–middle. None: the format's (variant 2 for our own sentinels)."""
+    format: str | None = None
+    """Family whose sentinels and order are used (own, starcoder, santacoder, code_llama, deepseek_coder, qwen_coder, codegemma, codestral,
+    olmo). None: the one that the tokenizer belongs to."""
     loss_on: FIMLoss = FIMLoss.all
     """Which positions of a transformed piece have a target."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 <= self.rate <= 1, "rate", "0 to 1")
-        self.require(0 <= self.spm_rate <= 1, "spm_rate", "0 to 1")
+        self.require(self.spm_rate is None or 0 <= self.spm_rate <= 1, "spm_rate", "0 to 1, or null")
+        self._require_ramp()
+        if self.rate_tokens and self.level == FIMLevel.document:
+            raise ConfigError("objective.rate_start needs objective.level=context: whole documents are rewritten once an epoch")
+        if self.format is not None:
+            fim_format(self.format)
+        if self.spm == SPMLayout.suffix_first and self.spm_rate == 1:
+            self.special_tokens = tuple(role for role in type(self).special_tokens if role != "fim_middle")  # pyright: ignore[reportAttributeAccessIssue]
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.fim import FIM
 
         return FIM(self, vocabulary)
+
+    def layouts(self, tokenizer_format: str) -> FIMLayouts:
+        """What is laid out how, for a tokenizer whose sentinels are those of a family."""
+        known, theirs = fim_format(self.format or tokenizer_format), fim_format(tokenizer_format)
+        if known.spellings != theirs.spellings:
+            raise ConfigError(
+                f"objective.format={self.format} does not fit the tokenizer, whose infilling tokens are those of {tokenizer_format}; "
+                f"use objective.format={tokenizer_format} or another tokenizer"
+            )
+        spm = self.spm or known.spm or SPMLayout.variant2
+        share = self.spm_rate
+        if share is None:
+            share = 0.5 if known.psm and known.spm else 1.0 if known.spm else 0.0
+        if known.middle is None and (share < 1 or spm != SPMLayout.suffix_first):
+            raise ConfigError(
+                f"objective.format={known.name} has no middle sentinel: it knows objective.spm=suffix_first, spm_rate=1 alone"
+            )
+        return FIMLayouts(known.name, spm, share)
 
 
 class MLMUnit(StrEnum):
@@ -130,6 +100,17 @@ class MLMUnit(StrEnum):
     token = "token"
     word = "word"
     """Whole words: every token of a chosen word."""
+    span = "span"
+    """Runs of tokens with lengths from a geometric distribution (SpanBERT, arXiv 1907.10529, section 3.1), replaced or kept as one."""
+
+
+class MLMCount(StrEnum):
+    """How the number of targets of a row comes about."""
+
+    bernoulli = "bernoulli"
+    """Each token (word, span) by its own draw: the number varies."""
+    exact = "exact"
+    """The same number in every row that has enough ordinary tokens: static shapes for the head (unit=token)."""
 
 
 @objectives.register("mlm")
@@ -143,12 +124,22 @@ class MLMConfig(ObjectiveConfig):
     name: str = "mlm"
     rate: float = 0.15
     """Share of tokens (or words) chosen as targets."""
+    rate_start: float | None = None
+    """Share at the beginning of training. None: `rate` throughout. Compare losses of different rates only on masks of one rate."""
+    rate_tokens: int = 0
+    """Positions of training over which the share goes linearly from rate_start to rate. 0: no schedule."""
     mask_share: float = 0.8
     """Of the chosen: share replaced by the mask token."""
     random_share: float = 0.1
     """Of the chosen: share replaced by a random ordinary token; the rest is kept as it is."""
     unit: MLMUnit = MLMUnit.token
-    """What is masked together: single tokens or whole words."""
+    """What is masked together: single tokens, whole words or spans."""
+    count: MLMCount = MLMCount.bernoulli
+    """How the number of targets of a row comes about."""
+    span_end: float = 0.2
+    """unit=span: probability that a span ends after each of its tokens; 0.2 cut at 10 tokens means 3.8 on average."""
+    span_max: int = 10
+    """unit=span: longest span, in tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,11 +148,65 @@ class MLMConfig(ObjectiveConfig):
         self.require(0 <= self.random_share <= 1, "random_share", "0 to 1")
         if self.mask_share + self.random_share > 1 + 1e-9:
             raise ConfigError(f"objective.mask_share={self.mask_share} and objective.random_share={self.random_share} sum to more than 1")
+        self._require_ramp()
+        self.require(self.rate_start is None or self.rate_start > 0, "rate_start", "more than 0, up to 1, or null")
+        self.require(0 < self.span_end <= 1, "span_end", "more than 0, up to 1")
+        self.require(self.span_max >= 1, "span_max", "1 or more")
+        if self.count == MLMCount.exact and self.unit != MLMUnit.token:
+            raise ConfigError(f"objective.count=exact counts tokens, objective.unit={self.unit} does not; use objective.unit=token")
+        if self.count == MLMCount.exact and self.rate_tokens:
+            raise ConfigError("objective.count=exact keeps shapes static and objective.rate_start changes them; leave one of them out")
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.mlm import MLM
 
         return MLM(self, vocabulary)
+
+
+@objectives.register("masked_diffusion")
+@dataclass
+class MaskedDiffusionConfig(ObjectiveConfig):
+    """Continuous-time masked diffusion (MDLM, arXiv 2406.07524; LLaDA, arXiv 2502.09992): hide a share t of the tokens, t uniform, predict
+    them from both sides with weight 1/t. The loss bounds the nats per token of the text from above."""
+
+    attention: ClassVar[Attention] = Attention.bidirectional
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask",)
+
+    name: str = "masked_diffusion"
+    min_time: float = 0.001
+    """Least share of hidden tokens: bounds the weights by its inverse."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(0 < self.min_time < 1, "min_time", "more than 0, less than 1")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.masked_diffusion import MaskedDiffusion
+
+        return MaskedDiffusion(self, vocabulary)
+
+
+@objectives.register("multi_token")
+@dataclass
+class MultiTokenConfig(ObjectiveConfig):
+    """Multi-token prediction (arXiv 2404.19737): the next token and those after it, each from a transform of its own before the shared
+    projection. Needs a head with as many steps: head.steps_ahead."""
+
+    name: str = "multi_token"
+    steps_ahead: int = 3
+    """Tokens predicted beyond the next one."""
+    weight: float = 0.3
+    """Weight of each step beyond the next token in the loss; that of the next token is 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.steps_ahead >= 1, "steps_ahead", "1 or more (none is objective=causal)")
+        self.require(self.weight > 0, "weight", "more than 0")
+
+    def build(self, vocabulary: Vocabulary) -> Any:
+        from heads_lightning.objectives.multi_token import MultiToken
+
+        return MultiToken(self, vocabulary)
 
 
 class Form(StrEnum):
@@ -290,94 +335,5 @@ class UL2Config(InputTargetConfig):
         return ul2(self, vocabulary)
 
 
-@objectives.register("mixture")
-@dataclass
-class MixtureConfig(ObjectiveConfig):
-    """Several objectives: each sample is given to one of them, by weight. The loss of each is reported on its own."""
-
-    name: str = "mixture"
-    parts: dict[str, Any] = field(
-        default_factory=lambda: {"left_to_right": {"name": "causal", "weight": 0.5}, "fim": {"name": "fim", "weight": 0.5, "rate": 1.0}}
-    )
-    """Parts by a name of your choice: the objective's `name`, its `weight` (1 if not given; 0 leaves the part out), and any of that
-    objective's own fields."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.parts:
-            raise ConfigError("objective.parts={} has no part; give one, e.g. 'objective.parts={a:{name:causal},b:{name:fim,weight:2}}'")
-        configs = self.part_configs()
-        if not configs:
-            raise ConfigError("objective.parts gives every part the weight 0; give one of them a weight")
-        kinds: set[Attention] = {config.attention for config in configs.values()}
-        if kinds == {Attention.causal, Attention.prefix}:
-            kinds = {Attention.prefix}  # a causal part has an empty prefix
-        if len(kinds) > 1:
-            each = ", ".join(f"{part} {config.attention}" for part, config in configs.items())
-            raise ConfigError(f"objective.parts cannot be mixed in one batch, their attention differs: {each}; leave one kind out")
-        # of this mixture, not of the class: what validation compares with the backbone
-        self.attention = kinds.pop()  # pyright: ignore[reportAttributeAccessIssue]
-        self.special_tokens = tuple(  # pyright: ignore[reportAttributeAccessIssue]
-            dict.fromkeys(role for config in configs.values() for role in config.special_tokens)
-        )
-
-    def fitted(self, supported: frozenset[Attention]) -> ObjectiveConfig:
-        chosen = {part: config.fitted(supported) for part, config in self.part_configs().items()}
-        forms = {part: {"form": config.form.value} for part, config in chosen.items() if isinstance(config, InputTargetConfig)}
-        parts = {part: {**given, **forms.get(part, {})} for part, given in self.parts.items()}
-        return self if parts == self.parts else replace(self, parts=parts)
-
-    def part_configs(self) -> dict[str, ObjectiveConfig]:
-        """The parts' own configs, validated."""
-        configs = {}
-        for part, given in self.parts.items():
-            place = f"objective.parts.{part}"
-            if not isinstance(given, Mapping) or "name" not in given:
-                raise ConfigError(f"{place}={given} names no objective; write {{name: causal, weight: 1}}")
-            settings = {key: value for key, value in given.items() if key not in ("name", "weight")}
-            if given["name"] == "mixture":
-                raise ConfigError(f"{place}.name=mixture is a mixture in a mixture; list its parts here instead")
-            if not isinstance(given.get("weight", 1), (int, float)) or given.get("weight", 1) < 0:
-                raise ConfigError(f"{place}.weight={given['weight']} is out of range; a weight is 0 (left out) or more")
-            if given.get("weight", 1) == 0:
-                continue
-            configs[part] = _from_mapping(objectives[given["name"]], settings, place)
-            if getattr(configs[part], "level", None) == FIMLevel.document:
-                raise ConfigError(f"{place}.level=document rewrites the stream of all parts; use {place}.level=context")
-        return configs
-
-    def build(self, vocabulary: Vocabulary) -> Any:
-        from heads_lightning.objectives.mixture import Mixture, Part
-
-        parts = [
-            Part(part, float(self.parts[part].get("weight", 1)), config.build(vocabulary)) for part, config in self.part_configs().items()
-        ]
-        return Mixture(parts, self.attention, vocabulary)
-
-
-def _from_mapping(cls: type[ObjectiveConfig], settings: Mapping[str, Any], place: str) -> ObjectiveConfig:
-    """An option from plain values, each checked against the type of its field."""
-    hints = get_type_hints(cls)
-    known = {f.name: hints[f.name] for f in fields(cls) if f.name != "name"}
-    values = {}
-    for key, value in settings.items():
-        if key not in known:
-            raise ConfigError(f"{place}.{key} does not exist.{nearest(key, known)} Available: {', '.join(known)}")
-        values[key] = _parse(known[key], value, f"{place}.{key}")
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("objective.", f"{place}.", 1)) from None
-
-
-def _parse(kind: Any, value: Any, place: str) -> Any:
-    """`value` as a member of the enum, or a number, that the field is; other types as they are."""
-    if isinstance(kind, type) and issubclass(kind, StrEnum):
-        if value not in list(kind):
-            raise ConfigError(f"{place}={value} is not possible; it is {', '.join(kind)}")
-        return kind(value)
-    if kind in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{place}={value} is not possible; it is a {kind.__name__}")
-        return kind(value)
-    return value
+# last, because the registry lists options in this order
+from heads_lightning.configs.objective_mixture import MixtureConfig as MixtureConfig  # noqa: E402

@@ -1,6 +1,7 @@
 """What the commands that ask a trained model take: `heads-lightning infill checkpoint=RUN …`."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from heads_lightning.registry import ConfigError
 
@@ -31,10 +32,13 @@ class SamplingRequest(ModelRequest):
     """Draw from the likeliest tokens that together have this probability. None: all."""
     seed: int = 0
     """Seed of the draws."""
+    steps: int | None = None
+    """Masked diffusion: passes of the model over the max_new_tokens masks that it fills, all of them. None: one a token."""
 
     def __post_init__(self) -> None:
         for field, ok, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("steps", self.steps is None or self.steps >= 1, "1 or more, or null"),
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more, or null"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "more than 0, up to 1, or null"),
@@ -75,3 +79,65 @@ class EvaluateRequest(ModelRequest):
     """Hidden lines. None: as in the run's config."""
     json: bool = False
     """Print the numbers as JSON alone."""
+    save: bool = False
+    """Write the numbers to the run's evaluation.json, where `compare` reads them."""
+    problems: str | None = None
+    """File of infilling problems (HumanEval-Infilling or SAFIM, .jsonl or .jsonl.gz) to score instead of the held-out text."""
+    max_problems: int | None = None
+    """Problems to score, evenly spread over the file. None: all."""
+    execute: bool = False
+    """Run the programs that the model completes, each in a process with limits, for pass@1. Model-written code may do anything that your
+    user may; use a container for models that you do not trust. False: exact match alone."""
+
+
+class ConvertTarget(StrEnum):
+    """Which form a checkpoint gets."""
+
+    huggingface = "huggingface"
+    """A folder that transformers and inference servers open."""
+    native = "native"
+    """A folder that generate and evaluate read."""
+
+
+@dataclass
+class ConvertRequest:
+    """`heads-lightning convert`: a checkpoint in the other form."""
+
+    from_: str = "???"
+    """Run folder, checkpoint file, MLflow run id, or a folder of Hugging Face or of an earlier conversion."""
+    to: ConvertTarget = ConvertTarget.huggingface
+    """The form wanted."""
+    out: str = "???"
+    """Folder to make; it appears when it is whole."""
+    family: str | None = None
+    """model_type to write. None: the first that expresses the model exactly, or our own."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16. None: as stored."""
+    vocab_size: int | None = None
+    """Keep so many rows of a padded vocabulary. None: all."""
+    validate: bool = True
+    """Run both models and compare their logits."""
+    shard_gb: float = 4.0
+    """Gibibytes at which a new file is begun."""
+    run_root: str = "runs"
+    """Folder that holds runs: where an MLflow run id is looked up."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype={self.dtype} does not exist; available: float32, bfloat16, float16")
+        if self.shard_gb <= 0:
+            raise ConfigError(f"shard_gb={self.shard_gb} is out of range; it takes more than 0")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ConfigError(f"vocab_size={self.vocab_size} is out of range; it takes 1 or more, or null")
+
+
+@dataclass
+class CompareRequest:
+    """`heads-lightning compare RUN RUN …`: what the held-out protocol found, side by side."""
+
+    by: str | None = None
+    """Measure to rank by. None: the first one that most runs have."""
+    run_root: str = "runs"
+    """Folder that holds runs: where an MLflow run id is looked up."""
+    json: bool = False
+    """Print JSON (`--json` does too)."""

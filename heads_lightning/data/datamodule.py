@@ -10,19 +10,22 @@ millions of tokens a second in this process, and handing arrays over from anothe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
 import torch
 
 from heads_lightning.batch import IGNORE, Batch, Examples
+from heads_lightning.configs.data import Share
+from heads_lightning.data.mixing import MixedStream
 from heads_lightning.data.scored import PreparedRecords, ScoredSplit, ScoredStream
 from heads_lightning.data.shards import PreparedData, Split
-from heads_lightning.data.stream import SampleStream, rows_of
+from heads_lightning.data.stream import SampleStream, rows_of, sample_key
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
 
@@ -30,14 +33,23 @@ VALIDATION_SEED = 20_220_728
 """Windows and transforms of validation do not depend on the seed of the experiment: results of different seeds are comparable."""
 
 
-Stream = SampleStream | ScoredStream
+Stream = SampleStream | MixedStream | ScoredStream
+
+
+class Stage(NamedTuple):
+    """Optimizer steps in which sequences have one length."""
+
+    first_step: int
+    stream: Stream
+    pieces: int
+    """Samples of this stage in place of one of full length: every step reads equally many positions."""
 
 
 class StepBatches:
     """The micro-batches of optimizer steps, for one rank.
 
     Args:
-        stream: the samples.
+        stages: the samples, by the first step that uses them; or one stream for all steps.
         objective: that made them.
         global_batch_size: sequences of a step, over all ranks; a multiple of world_size.
         micro_batch_size: sequences of a micro-batch, at most.
@@ -46,25 +58,36 @@ class StepBatches:
     """
 
     def __init__(
-        self, stream: Stream, objective: Objective, *, global_batch_size: int, micro_batch_size: int, rank: int, world_size: int
+        self,
+        stages: Stream | Sequence[Stage],
+        objective: Objective,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         if global_batch_size % world_size:
             raise ConfigError(
                 f"trainer.global_batch_size={global_batch_size} sequences cannot be shared evenly by {world_size} devices; "
                 f"use a multiple of {world_size}"
             )
-        self._stream, self._attention = stream, objective.attention
+        self._stages = [Stage(0, stages, 1)] if isinstance(stages, Stream) else list(stages)
+        self._attention = objective.attention
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._share = global_batch_size // world_size
         self._offset = rank * self._share
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one step."""
-        share = self._stream.examples(step * self._global_batch_size + self._offset, self._share)
-        starts = range(0, self._share, self._micro_batch_size)
-        batches = [Batch.from_examples(rows_of(share, start, start + self._micro_batch_size), self._attention) for start in starts]
-        targets = sum(batch.num_targets for batch in batches)
-        return [batch._replace(step_targets=targets) for batch in batches]
+        stage = next(stage for stage in reversed(self._stages) if step >= stage.first_step)
+        first = (step - stage.first_step) * self._global_batch_size + self._offset
+        share = stage.stream.examples(first * stage.pieces, self._share * stage.pieces)
+        rows = self._micro_batch_size * stage.pieces
+        starts = range(0, self._share * stage.pieces, rows)
+        batches = [Batch.from_examples(rows_of(share, start, start + rows), self._attention) for start in starts]
+        counted = sum(batch.counted for batch in batches)
+        return [batch._replace(step_targets=counted) for batch in batches]
 
 
 class TrainLoader:
@@ -160,6 +183,9 @@ class TokenDataModule(lightning.LightningDataModule):
         rank: of this process; None: the trainer's (0 without one).
         world_size: processes in all; None: the trainer's (1 without one).
         prefetch: make the next step in a thread.
+        length_start: positions of a sequence at the beginning of training. None: sequence_length throughout.
+        length_warmup_steps: optimizer steps until sequence_length is reached.
+        shares: what each group of shards contributes to training. None: every token as often as any other.
     """
 
     def __init__(
@@ -176,6 +202,9 @@ class TokenDataModule(lightning.LightningDataModule):
         rank: int | None = None,
         world_size: int | None = None,
         prefetch: bool = True,
+        length_start: int | None = None,
+        length_warmup_steps: int = 0,
+        shares: dict[str, Share] | None = None,
     ) -> None:
         super().__init__()
         self.prepared, self.objective = prepared, objective
@@ -184,9 +213,46 @@ class TokenDataModule(lightning.LightningDataModule):
         self._rank, self._world_size = rank, world_size
         self._next_step = 0
         self._loader: TrainLoader | None = None
-        self.train_stream = _stream(prepared.train, objective, sequence_length, seed=seed, shift=True)
+        self._shares = shares
+        self.stages = self._length_stages(length_start, length_warmup_steps)
+        self.train_stream = self.stages[-1].stream
         self.validation_stream = _stream(prepared.validation, objective, sequence_length, seed=VALIDATION_SEED, shift=False)
         self.validation_sequences = min(validation_sequences, self.validation_stream.windows)
+
+    def _length_stages(self, length_start: int | None, warmup_steps: int) -> list[Stage]:
+        """Lengths that double from length_start to sequence_length, each for as many steps; each reads the data in an order of its own."""
+        doublings = 0 if length_start is None else (self.sequence_length // length_start).bit_length() - 1
+        stages = []
+        for number in range(doublings + 1):
+            pieces = 2 ** (doublings - number)
+            first_step = warmup_steps * number // max(doublings, 1)
+            length = self.sequence_length // pieces
+            stream = self._train_stream(
+                length,
+                seed=self.seed if pieces == 1 else sample_key("length", self.seed, length) >> 1,
+                trained_before=first_step * self.global_batch_size * self.sequence_length,
+            )
+            stages.append(Stage(first_step, stream, pieces))
+        return stages
+
+    def _train_stream(self, length: int, *, seed: int, trained_before: int) -> Stream:
+        train = self.prepared.train
+        if self._shares is None or isinstance(train, ScoredSplit):
+            return _stream(train, self.objective, length, seed=seed, shift=True, trained_before=trained_before)
+        groups = [
+            _tokens(replace(train, name=f"{train.name} ({name})", shards=shards), self.objective, length, seed=group_seed, shift=True)
+            for name in self._shares
+            for shards in [tuple(shard for shard in train.shards if shard.group == name)]
+            for group_seed in [sample_key("group", seed, name) >> 1]
+        ]
+        mixed = MixedStream(groups, [*self._shares.values()], sequence_length=length, seed=seed, trained_before=trained_before)
+        needed = self.total_steps * self.global_batch_size
+        if mixed.samples is not None and mixed.samples < needed:
+            raise ConfigError(
+                f"data.parts allow {mixed.samples} sequences (max_epochs of every source), and the run takes {needed}; raise one of the "
+                f"max_epochs or leave it out, or use trainer.max_steps={mixed.samples // self.global_batch_size}"
+            )
+        return mixed
 
     # position
 
@@ -205,11 +271,11 @@ class TokenDataModule(lightning.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where a state was taken, or refuse if it would not be the same data."""
         ours = self._identity()
-        changed = [key for key, value in ours.items() if state_dict[key] != value]
+        changed = [key for key in [*ours, *state_dict] if key != "step" and state_dict.get(key) != ours.get(key)]
         if changed:
             key = changed[0]
             raise ConfigError(
-                f"the checkpoint was trained with {key}={state_dict[key]}, this run has {ours[key]}: "
+                f"the checkpoint was trained with {key}={state_dict.get(key)}, this run has {ours.get(key)}: "
                 f"its position in the data does not carry over; use the same {', '.join(changed)} or start a new run"
             )
         self.seek(state_dict["step"])
@@ -220,6 +286,8 @@ class TokenDataModule(lightning.LightningDataModule):
             "data.sequence_length": self.sequence_length,
             "trainer.global_batch_size": self.global_batch_size,
             "seed": self.seed,
+            **({"data.parts": {name: list(share) for name, share in self._shares.items()}} if self._shares else {}),
+            **({"length warm-up": [[s.first_step, s.pieces] for s in self.stages]} if len(self.stages) > 1 else {}),
         }
 
     # loaders
@@ -233,7 +301,7 @@ class TokenDataModule(lightning.LightningDataModule):
         """The steps of the run from the position on (`seek`)."""
         rank, world_size = self._place()
         batches = StepBatches(
-            self.train_stream,
+            self.stages,
             self.objective,
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
@@ -268,10 +336,18 @@ class TokenDataModule(lightning.LightningDataModule):
         return rank, world_size
 
 
-def _stream(split: Split | ScoredSplit, objective: Objective, sequence_length: int, *, seed: int, shift: bool) -> Stream:
+def _stream(
+    split: Split | ScoredSplit, objective: Objective, sequence_length: int, *, seed: int, shift: bool, trained_before: int | None = None
+) -> Stream:
     if isinstance(split, ScoredSplit):
         return ScoredStream(split, objective, sequence_length=sequence_length, seed=seed)
-    stream = SampleStream(split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift)
+    return _tokens(split, objective, sequence_length, seed=seed, shift=shift, trained_before=trained_before)
+
+
+def _tokens(
+    split: Split, objective: Objective, sequence_length: int, *, seed: int, shift: bool, trained_before: int | None = None
+) -> SampleStream:
+    stream = SampleStream(split.shards, objective, sequence_length=sequence_length, seed=seed, shift=shift, trained_before=trained_before)
     if stream.windows == 0:
         needed, longest = objective.window(sequence_length).length, max((len(s.tokens) for s in split.shards), default=0)
         raise ConfigError(

@@ -29,7 +29,7 @@ import numpy as np
 
 from heads_lightning.configs.data import DataConfig
 from heads_lightning.configs.tokenizer import TokenizerConfig
-from heads_lightning.data.shards import FORMAT, MANIFEST, Manifest, PreparedData, ShardWriter, SplitEntry
+from heads_lightning.data.shards import FORMAT, MANIFEST, Manifest, PreparedData, ShardWriter, SplitEntry, merged
 from heads_lightning.data.sources import TRAIN, VALIDATION, Document, Source, place
 from heads_lightning.data.tokenizer import Tokenizer
 from heads_lightning.data.workers import run_jobs
@@ -43,8 +43,6 @@ _TOKENIZER_SAMPLE_BYTES = 100_000_000
 _NAMES_SHOWN = 3
 _ASKED_FOR = _EMPTY, _SHORT, _LONG = "empty", "shorter than data.min_characters", "longer than data.max_characters"
 """Reasons to leave a document out that need no warning; they are counted in the manifest like the others."""
-_NOT_CONTENT = ("sequence_length", "validation_sequences", "cache_dir", "prepare_processes")
-"""Fields of DataConfig that leave the prepared tokens as they are."""
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress | None = None) -> PreparedData:
@@ -59,6 +57,11 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
         ConfigError: nothing to read, nowhere to write, or what is there is damaged.
     """
     progress = progress or (lambda stage, done, total: None)
+    if data.tokenized and tokenizer.trained:
+        raise ConfigError(
+            f"data={data.name} is token ids already, tokenizer={tokenizer.name} would be trained on text; "
+            f"give the tokenizer that made them: tokenizer=huggingface tokenizer.path=FOLDER"
+        )
     source = data.build_source()
     folder = prepared_folder(data, tokenizer, source)
     if folder.exists():
@@ -78,8 +81,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
 
 def prepared_folder(data: DataConfig, tokenizer: TokenizerConfig, source: Source) -> Path:
     """Where the tokens of these settings are kept, whether or not they are there."""
-    content = {k: v for k, v in asdict(data).items() if k not in _NOT_CONTENT}
-    made_from = [FORMAT, content, tokenizer.identity(), source.fingerprint()]
+    made_from = [FORMAT, data.content(), tokenizer.identity(), source.fingerprint()]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     # from plain Python the interpolation of the command line is not resolved
     cache = Path(data.cache_dir.replace("${run_root}", "runs")).expanduser()
@@ -117,7 +119,9 @@ class _Setup:
 
     @cached_property
     def source(self) -> Source:
-        return self.data.build_source()
+        source = self.data.build_source()
+        source.open(self.tokenizer.vocabulary.end_of_document)
+        return source
 
 
 def encode_part(setup: _Setup, job: tuple[int, Any]) -> int:
@@ -127,12 +131,12 @@ def encode_part(setup: _Setup, job: tuple[int, Any]) -> int:
     for document in setup.source.read(part):
         problem = document.problem or _unwanted(setup.data, document)
         (problems if problem else documents).append((document.name, problem) if problem else document)
-    ids = setup.tokenizer.encode_batch([d.text for d in documents])
-    raw = [d.text.encode("utf-8") for d in documents]
+    ids = _ids(setup.tokenizer, documents)
+    raw = [d.text.encode("utf-8") if d.ids is None else d.ids.astype("<u4").tobytes() for d in documents]
     arrays = {
         "ids": np.concatenate(ids).astype(np.uint32) if ids else np.zeros(0, np.uint32),
         "lengths": np.array([len(i) for i in ids], np.int64),
-        "bytes": np.array([len(r) for r in raw], np.int64),
+        "bytes": np.array([len(r) if d.ids is None else _text_bytes(setup.tokenizer, d.ids) for d, r in zip(documents, raw, strict=True)]),
         "places": np.array([place(d.name) for d in documents], np.float64),
         "texts": np.array([hashlib.sha256(r).digest() for r in raw], "V32"),
         "names": np.array([hashlib.sha256(d.name.encode("utf-8", "surrogateescape")).digest() for d in documents], "V32"),
@@ -142,8 +146,29 @@ def encode_part(setup: _Setup, job: tuple[int, Any]) -> int:
     return number
 
 
+def _ids(tokenizer: Tokenizer, documents: list[Document]) -> list[np.ndarray]:
+    """Ids of each document: encoded, or as they came, if this tokenizer can have made them."""
+    encoded = iter(tokenizer.encode_batch([d.text for d in documents if d.ids is None]))
+    ids = [next(encoded) if d.ids is None else d.ids for d in documents]
+    for document in documents:
+        if document.ids is not None and len(document.ids) and not 0 <= document.ids.min() <= document.ids.max() < tokenizer.size:
+            raise ConfigError(
+                f"{document.name} holds id {document.ids.max()}, and the tokenizer has {tokenizer.size} entries; is it the one that the "
+                f"file was made with, and is data.dtype right?"
+            )
+    return ids
+
+
+def _text_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """Bytes of the text of some ids."""
+    token_bytes = tokenizer.vocabulary.token_bytes
+    return sum(count * len(token_bytes[token]) for token, count in enumerate(np.bincount(ids, minlength=1).tolist()) if count)
+
+
 def _unwanted(data: DataConfig, document: Document) -> str:
     """Why a readable document is left out, or nothing."""
+    if document.ids is not None:
+        return "" if len(document.ids) else _EMPTY
     if not document.text.strip():
         return _EMPTY
     if len(document.text) < data.min_characters:
@@ -219,7 +244,7 @@ class _Preparation:
         for index in _spread(len(self._parts)):
             for document in self._source.read(self._parts[index]):
                 held_out = place(document.name) < self._data.validation_fraction
-                if held_out or document.problem or _unwanted(self._data, document):
+                if held_out or document.problem or document.ids is not None or _unwanted(self._data, document):
                     continue
                 digest = hashlib.sha256(document.text.encode()).digest()
                 if digest not in seen:
@@ -242,13 +267,18 @@ class _Preparation:
     def _assemble(self, out: Path, tokenizer: Tokenizer) -> dict[str, SplitEntry]:
         dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
         marker = tokenizer.vocabulary.end_of_document
-        writers = {name: ShardWriter(out, name, end_of_document=marker, dtype=dtype) for name in (TRAIN, VALIDATION)}
+        writers: dict[str, dict[str, ShardWriter]] = {}
         seen: set[bytes] = set()
-        for number in range(len(self._parts)):
+        for number, listed in enumerate(self._parts):
+            group = self._source.group_of(listed)
+            if group not in writers:
+                writers[group] = {
+                    split: ShardWriter(out, split, group=group, end_of_document=marker, dtype=dtype) for split in (TRAIN, VALIDATION)
+                }
             with np.load(_part_file(self._work, number), allow_pickle=False) as part:
-                self._append(dict(part), writers, seen)
+                self._append(dict(part), writers[group], seen)
             self._progress("shards", number + 1, len(self._parts))
-        return {name: writer.close() for name, writer in writers.items()}
+        return {split: merged([by_split[split].close() for by_split in writers.values()]) for split in (TRAIN, VALIDATION)}
 
     def _append(self, part: dict[str, np.ndarray], writers: dict[str, ShardWriter], seen: set[bytes]) -> None:
         for name, problem in json.loads(part["problems"].tobytes()):
@@ -299,7 +329,7 @@ class _Preparation:
     def _manifest(self, tokenizer: Tokenizer, splits: dict[str, SplitEntry]) -> Manifest:
         return Manifest(
             format=FORMAT,
-            data={k: v for k, v in asdict(self._data).items() if k not in _NOT_CONTENT},
+            data=self._data.content(),
             tokenizer=asdict(self._tokenizer_config),
             source_fingerprint=self._source.fingerprint(),
             content_hash=self._content.hexdigest(),

@@ -95,7 +95,7 @@ class RecordReader:
         """Ids, which of them are scored, and the index of each step's last token."""
         if fields.get("input_ids") is not None:
             return self._given_ids(fields)
-        steps = fields.get("steps") if fields.get("steps") is not None else [fields.get("text")]
+        steps: Any = fields.get("steps") if fields.get("steps") is not None else [fields.get("text")]
         if not isinstance(steps, list) or not steps or not all(isinstance(step, str) for step in steps):
             raise Unusable(f"no {name}")
         before = fields.get("prompt")

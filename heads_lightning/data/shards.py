@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,8 @@ class ShardEntry:
     """Ids in the file, markers included."""
     sha256: str
     offsets_sha256: str
+    group: str = ""
+    """Source of a mixture that its documents come from."""
 
 
 @dataclass
@@ -113,13 +115,24 @@ class ShardWriter:
     Args:
         folder: of the prepared data.
         split: name of the split.
+        group: source of a mixture that its documents come from; part of the files' names.
         end_of_document: id of the marker.
         dtype: of the file.
     """
 
-    def __init__(self, folder: Path, split: str, *, end_of_document: int, dtype: np.dtype[Any], shard_tokens: int = SHARD_TOKENS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        end_of_document: int,
+        dtype: np.dtype[Any],
+        group: str = "",
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
         self.entry = SplitEntry()
-        self._folder, self._split, self._shard_tokens = folder, split, shard_tokens
+        self._folder, self._group, self._shard_tokens = folder, group, shard_tokens
+        self._name = f"{split}-{group}" if group else split
         self._marker = np.array([end_of_document], dtype)
         self._file: IO[bytes] | None = None
         self._offsets: list[int] = []
@@ -146,7 +159,7 @@ class ShardWriter:
         return self.entry
 
     def _path(self, suffix: str) -> Path:
-        return self._folder / f"{self._split}-{len(self.entry.shards):05d}{suffix}"
+        return self._folder / f"{self._name}-{len(self.entry.shards):05d}{suffix}"
 
     def _write(self, ids: np.ndarray) -> None:
         assert self._file is not None
@@ -172,8 +185,20 @@ class ShardWriter:
             stream_tokens=self._position,
             sha256=self._hash.hexdigest(),
             offsets_sha256=hash_file(offsets),
+            group=self._group,
         )
         self.entry.shards.append(shard)
+
+
+def merged(entries: Sequence[SplitEntry]) -> SplitEntry:
+    """One split of the shards of several writers."""
+    total = SplitEntry()
+    for entry in entries:
+        total.documents += entry.documents
+        total.tokens += entry.tokens
+        total.bytes += entry.bytes
+        total.shards += entry.shards
+    return total
 
 
 def sync_and_close(file: IO[bytes]) -> None:
@@ -197,6 +222,8 @@ class Shard:
     """uint16 or uint32 [stream tokens], read-only."""
     offsets: np.ndarray
     """int64 [documents + 1]: positions of the markers."""
+    group: str = ""
+    """Source of a mixture that its documents come from."""
 
     def document(self, index: int) -> np.ndarray:
         """Ids of a document, without its marker."""
@@ -307,7 +334,7 @@ class PreparedData:
             raise damaged(path, f"has {len(offsets)} offsets instead of {shard.documents + 1}", self.folder)
         # a plain view: every slice of an np.memmap runs Python code
         tokens = np.memmap(self.folder / shard.file, self._dtype, "r").view(np.ndarray)
-        return Shard(tokens, offsets)
+        return Shard(tokens, offsets, shard.group)
 
 
 def _offsets_name(shard_file: str) -> str:

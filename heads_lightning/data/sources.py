@@ -41,6 +41,8 @@ class Document(NamedTuple):
     text: str
     problem: str = ""
     """Why the document cannot be used (`not UTF-8`, …); its text is then empty."""
+    ids: np.ndarray | None = None
+    """Its tokens, where they are there already; its text is then empty."""
 
 
 class Source(ABC):
@@ -58,9 +60,47 @@ class Source(ABC):
     def read(self, part: Any) -> Iterator[Document]:
         """The documents of one part, in order."""
 
+    def open(self, end_of_document: int) -> None:  # noqa: B027 (most sources need nothing)
+        """Called before `read`, with the tokenizer's marker: what separates documents in files of ids."""
+
+    def group_of(self, part: Any) -> str:
+        """Name of the group of shards that the documents of a part go to: sources of a mixture are kept apart."""
+        return ""
+
     def facts(self) -> dict[str, Any]:
         """What else to record in the manifest."""
         return {}
+
+
+class Mixture(Source):
+    """Several sources one after the other, their documents in groups of shards of their own.
+
+    Args:
+        sources: by name, which begins the names of their documents.
+    """
+
+    def __init__(self, sources: dict[str, Source]) -> None:
+        self.sources = sources
+
+    def open(self, end_of_document: int) -> None:
+        for source in self.sources.values():
+            source.open(end_of_document)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps([[name, source.fingerprint()] for name, source in self.sources.items()]).encode()).hexdigest()
+
+    def parts(self) -> list[tuple[str, Any]]:
+        return [(name, part) for name, source in self.sources.items() for part in source.parts()]
+
+    def read(self, part: tuple[str, Any]) -> Iterator[Document]:
+        name, inner = part
+        return (document._replace(name=f"{name}/{document.name}") for document in self.sources[name].read(inner))
+
+    def group_of(self, part: tuple[str, Any]) -> str:
+        return part[0]
+
+    def facts(self) -> dict[str, Any]:
+        return {name: source.facts() for name, source in self.sources.items()}
 
 
 def place(name: str) -> float:

@@ -39,20 +39,20 @@ def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
     bits = max(_LEAST_BITS, (size - 1).bit_length())
     low = np.uint64(bits // 2)
     masks = np.uint64((1 << (bits // 2)) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
-    keys = _hash(np.uint64(key % 2**64) + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+    keys = hash64(np.uint64(key % 2**64) + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
     result = np.array(indices, np.uint64).ravel()
     walking = np.arange(len(result))
     while len(walking):
         right, left = result[walking] & masks[0], result[walking] >> low
         for i in range(0, _ROUNDS, 2):
-            left ^= _hash(right ^ keys[i]) & masks[1]
-            right ^= _hash(left ^ keys[i + 1]) & masks[0]
+            left ^= hash64(right ^ keys[i]) & masks[1]
+            right ^= hash64(left ^ keys[i + 1]) & masks[0]
         result[walking] = (left << low) | right
         walking = walking[result[walking] >= np.uint64(size)]
     return result.astype(np.int64).reshape(np.shape(indices))
 
 
-def _hash(x: np.ndarray | np.uint64) -> np.ndarray:
+def hash64(x: np.ndarray | np.uint64) -> np.ndarray:
     """MurmurHash3's finaliser: a bijection of uint64."""
     with np.errstate(over="ignore"):
         x = np.asarray(x, np.uint64)
@@ -82,9 +82,20 @@ class SampleStream:
         sequence_length: positions of an example.
         seed: of order, phases and transforms.
         shift: False: windows start at the same places in every epoch, the first at 0 (for validation).
+        trained_before: positions that training has read before sample 0, for what follows a schedule. None: schedules have ended.
     """
 
-    def __init__(self, shards: Sequence[Shard], objective: Objective, *, sequence_length: int, seed: int, shift: bool = True) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        objective: Objective,
+        *,
+        sequence_length: int,
+        seed: int,
+        shift: bool = True,
+        trained_before: int | None = None,
+    ) -> None:
+        self._trained_before = trained_before
         self._shards, self._objective, self._sequence_length = shards, objective, sequence_length
         self._seed, self._shift = seed, shift
         self._window = objective.window(sequence_length)
@@ -98,9 +109,19 @@ class SampleStream:
         """Samples of one epoch."""
         return int(self._first_window[-1])
 
-    def examples(self, first_sample: int, count: int) -> Examples:
-        """Samples first_sample … first_sample + count - 1, in order."""
-        runs = [self._of_epoch(epoch, indices_B) for epoch, indices_B in self._epochs(first_sample, count)]
+    def examples(self, first_sample: int, count: int, trained: np.ndarray | None = None) -> Examples:
+        """Samples first_sample … first_sample + count - 1, in order.
+
+        Args:
+            first_sample, count: which.
+            trained: int [count], positions trained before each, where that does not follow from its number (a mixture of streams).
+        """
+        if trained is None and self._trained_before is not None:
+            trained = self._trained_before + (first_sample + np.arange(count)) * self._sequence_length
+        runs, done = [], 0
+        for epoch, indices_B in self._epochs(first_sample, count):
+            runs.append(self._of_epoch(epoch, indices_B, None if trained is None else trained[done : done + len(indices_B)]))
+            done += len(indices_B)
         return runs[0] if len(runs) == 1 else concatenate(runs)
 
     def _epochs(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -123,13 +144,13 @@ class SampleStream:
             cached = self._block = epoch, block, permute(places, self.windows, sample_key("order", self._seed, epoch))
         return cached[2]
 
-    def _of_epoch(self, epoch: int, indices_B: np.ndarray) -> Examples:
+    def _of_epoch(self, epoch: int, indices_B: np.ndarray, trained: np.ndarray | None) -> Examples:
         tokens_BR = np.empty((len(indices_B), self._window.length), np.int64)
         shards_B = np.searchsorted(self._first_window, indices_B, side="right") - 1
         for shard in np.unique(shards_B).tolist():
             rows = np.flatnonzero(shards_B == shard)
             self._read(epoch, shard, indices_B[rows] - self._first_window[shard], tokens_BR, rows)
-        return self._objective.examples(tokens_BR, SampleRandom(self._seed, epoch, indices_B), self._sequence_length)
+        return self._objective.examples(tokens_BR, SampleRandom(self._seed, epoch, indices_B, trained), self._sequence_length)
 
     def _read(self, epoch: int, shard: int, windows: np.ndarray, tokens_BR: np.ndarray, rows: np.ndarray) -> None:
         """Copy windows of a shard into rows."""

@@ -19,12 +19,15 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from heads_lightning.configs.fim_format import detect
 from heads_lightning.objectives.base import Vocabulary
 from heads_lightning.registry import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 _ROLES_KEY = "heads_lightning_roles"
+_NOT_TOKENS = ("sentinels", "fim_format")
+"""Fields of Roles that are not the spelling of one token."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Roles:
     fim_middle: str | None = "<|fim_middle|>"
     fim_end: str | None = "<|fim_end|>"
     sentinels: tuple[str, ...] = ()
+    fim_format: str = "own"
+    """Family of the infilling tokens (configs.fim_format)."""
 
     @property
     def spellings(self) -> list[str]:
         """Every special token, in the order of their ids where the tokenizer is our own."""
-        named = [v for k, v in asdict(self).items() if k != "sentinels" and v is not None]
+        named = [v for k, v in asdict(self).items() if k not in _NOT_TOKENS and v is not None]
         return list(dict.fromkeys([*named, *self.sentinels]))  # a token may have two roles
 
 
@@ -52,16 +57,6 @@ def own_roles(num_sentinels: int) -> Roles:
     return Roles(sentinels=tuple(f"<|extra_id_{i}|>" for i in range(num_sentinels)))
 
 
-# Prefix, suffix, middle, end of middle (None: the end-of-document token) of published models.
-_FIM_SPELLINGS: tuple[tuple[str, str, str, str | None], ...] = (
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_end|>"),  # ours
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", None),  # Qwen2.5-Coder, CodeGemma
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", None),  # StarCoder, Granite
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", None),  # SantaCoder
-    ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),  # Code Llama
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", None),  # DeepSeek-Coder: the "hole" opens the suffix
-    ("[PREFIX]", "[SUFFIX]", "[MIDDLE]", None),  # Codestral
-)
 _END_SPELLINGS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[SEP]")
 _PADDING_SPELLINGS = ("<|pad|>", "<pad>", "[PAD]", "<|fim_pad|>", "<fim_pad>", "<|finetune_right_pad_id|>")
 _MASK_SPELLINGS = ("<|mask|>", "<mask>", "[MASK]")
@@ -142,9 +137,10 @@ class Tokenizer:
     def vocabulary(self) -> Vocabulary:
         """What objectives need to know."""
         token_bytes = self._token_bytes()
-        roles = {k: None if v is None else self.inner.token_to_id(v) for k, v in asdict(self.roles).items() if k != "sentinels"}
+        roles = {k: None if v is None else self.inner.token_to_id(v) for k, v in asdict(self.roles).items() if k not in _NOT_TOKENS}
         return Vocabulary(
             size=self.size,
+            fim_format=self.roles.fim_format,
             **roles,  # pyright: ignore[reportArgumentType]
             sentinels=tuple(self.inner.token_to_id(s) for s in self.roles.sentinels),  # pyright: ignore[reportArgumentType]
             special_V=np.array([not b for b in token_bytes]),
@@ -203,7 +199,9 @@ def _sentencepiece_bytes(token: str) -> bytes:
 
 
 def _fingerprint(serialised: str, roles: Roles) -> str:
-    return hashlib.sha256((serialised + json.dumps(asdict(roles), sort_keys=True)).encode("utf-8")).hexdigest()
+    # the order of infilling tokens changes no ids
+    spelled = {k: v for k, v in asdict(roles).items() if k != "fim_format"}
+    return hashlib.sha256((serialised + json.dumps(spelled, sort_keys=True)).encode("utf-8")).hexdigest()
 
 
 def saved_fingerprint(folder: Path) -> str:
@@ -279,10 +277,11 @@ def _recognise(vocabulary: dict[str, int], named: dict[str, Any], num_sentinels:
     if "<extra_id_0>" in vocabulary:  # T5
         theirs = (f"<extra_id_{i}>" for i in range(num_sentinels))
         roles = replace(roles, sentinels=tuple(s if s in vocabulary else o for s, o in zip(theirs, own.sentinels, strict=True)))
-    for prefix, suffix, middle, last in _FIM_SPELLINGS:
-        if all(s in vocabulary for s in (prefix, suffix, middle, *([last] if last else []))):
-            return replace(roles, fim_prefix=prefix, fim_suffix=suffix, fim_middle=middle, fim_end=last or end)
-    return roles
+    known = detect(vocabulary)
+    if known is None:
+        return roles
+    spelled = {"fim_prefix": known.prefix, "fim_suffix": known.suffix, "fim_middle": known.middle, "fim_end": known.end or end}
+    return replace(roles, **spelled, fim_format=known.name)
 
 
 def _byte_level(model: Any) -> tokenizers.Tokenizer:

@@ -116,6 +116,8 @@ class LMHead(Head):
         self.config = config
         self.d_model = d_model
         self.vocab_size = vocab_size
+        self.steps_ahead = 0
+        """Steps that it predicts beyond the next token: see look_ahead."""
         self._linear_cross_entropy_sum = loss_module(config.loss_implementation).linear_cross_entropy_sum
 
     @property
@@ -130,6 +132,10 @@ class LMHead(Head):
     def prepare(self, hidden: Tensor) -> Tensor:
         """What happens to hidden states [..., D] before the projection; each position by itself."""
         return hidden
+
+    def look_ahead(self, hidden: Tensor) -> Tensor:
+        """Hidden states [B, (1 + steps_ahead)·S, D] from which the next token and those after it are predicted, a block of S a step."""
+        raise ValueError(f"head={self.config.name} predicts the next token alone")
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Use the weight of `embedding` as the projection, also after to_empty; heads that can, override this."""
@@ -186,7 +192,7 @@ class LMHead(Head):
 
         Args:
             x: hidden states [B, S, D].
-            labels: int64 [B, S], aligned with x.
+            labels: int64 [B, S], aligned with x; a head with steps_ahead also takes [B, (1 + steps_ahead)·S], a block for each step.
             ignore_index: label of positions without a target.
             loss_reduction: `mean` over the targets, `sum`, or `none` for [B, K].
             z_loss_multiplier: m of m·logsumexp(logits)²; None for the config's, 0 for off.
@@ -208,6 +214,8 @@ class LMHead(Head):
             RuntimeError: return_logits=False without labels.
             ConfigError: the loss implementation cannot run on this machine.
         """
+        if self.steps_ahead and labels is not None and labels.shape[1] == (1 + self.steps_ahead) * x.shape[1]:
+            x = self.look_ahead(x)
         kept = keep_positions(Positions(x, labels, weights), logits_to_keep)
         if labels is None:
             if return_logits is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from heads_lightning.losses import Projection
 if TYPE_CHECKING:
     from heads_lightning.configs.head import MLMHeadConfig
 
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "silu": F.silu}
 
 
 class MLMHead(LMHead):
@@ -41,7 +42,7 @@ class MLMHead(LMHead):
     ) -> None:
         super().__init__(config, d_model=d_model, vocab_size=vocab_size)
         dtype = getattr(torch, config.dtype)
-        self.dense = nn.Linear(d_model, d_model, device=init_device, dtype=dtype)
+        self.dense = nn.Linear(d_model, d_model, bias=config.dense_bias, device=init_device, dtype=dtype)
         self.activation = ACTIVATIONS[config.activation]
         self.norm = build_norm(config.layer_norm or LayerNormConfig(), d_model, init_device, dtype)
         self.w_out = TiedLinear(config, d_model, vocab_size, bias=config.has_bias, device=init_device, dtype=dtype)

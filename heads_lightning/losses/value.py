@@ -125,7 +125,8 @@ NUM_BINS = 10
 class ValueStatistics(NamedTuple):
     """Sums over targets from which explained variance and calibration are made. Of pairs: the chosen's probability against 1."""
 
-    count: float
+    number: float
+    """Of targets."""
     predicted: float
     target: float
     predicted_squared: float
@@ -151,20 +152,20 @@ class ValueStatistics(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """Explained variance 1 − Var(R − v)/Var(R), moments, and the expected calibration error (mean |v − R| of bins, by their counts)."""
-        if not self.count:
+        if not self.number:
             return {}
-        target_variance = self.target_squared / self.count - (self.target / self.count) ** 2
-        error_variance = self.error_squared / self.count - (self.error / self.count) ** 2
+        target_variance = self.target_squared / self.number - (self.target / self.number) ** 2
+        error_variance = self.error_squared / self.number - (self.error / self.number) ** 2
         off = sum(abs(p - t) for p, t in zip(self.bin_predicted, self.bin_target, strict=True))
         found = {
-            "value_mean": self.predicted / self.count,
-            "value_std": math.sqrt(max(self.predicted_squared / self.count - (self.predicted / self.count) ** 2, 0.0)),
-            "target_mean": self.target / self.count,
+            "value_mean": self.predicted / self.number,
+            "value_std": math.sqrt(max(self.predicted_squared / self.number - (self.predicted / self.number) ** 2, 0.0)),
+            "target_mean": self.target / self.number,
             "target_std": math.sqrt(max(target_variance, 0.0)),
-            "calibration_error": off / self.count,
-            "accuracy": self.right / self.count,
+            "calibration_error": off / self.number,
+            "accuracy": self.right / self.number,
         }
-        if target_variance > 1e-12 * max(self.target_squared / self.count, 1e-30):
+        if target_variance > 1e-12 * max(self.target_squared / self.number, 1e-30):
             found["explained_variance"] = 1 - error_variance / target_variance
         return found
 

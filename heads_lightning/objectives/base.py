@@ -33,6 +33,8 @@ class Vocabulary:
     fim_middle: int | None = None
     fim_end: int | None = None
     """End of an infilled middle: where generation stops."""
+    fim_format: str = "own"
+    """Family of the infilling tokens: a name in configs.fim_format."""
     sentinels: tuple[int, ...] = ()
     """Of span corruption, in order of use."""
     special_V: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -73,13 +75,18 @@ class SampleRandom:
         seed: of the experiment.
         epoch: of the pass over the data.
         indices: int [B], numbers of the samples.
+        trained: int [B], positions that training has read before each sample: what schedules depend on. It follows from seed, epoch and
+            index, because the order of samples does. None: after all schedules have ended (validation, evaluation).
     """
 
-    def __init__(self, seed: int, epoch: int, indices: np.ndarray) -> None:
+    def __init__(self, seed: int, epoch: int, indices: np.ndarray, trained: np.ndarray | None = None) -> None:
         with np.errstate(over="ignore"):
             key = _mix(np.asarray([seed], np.int64).astype(np.uint64) + _GOLDEN)
+            self._run_key = int(key[0])
             key = _mix(key + np.uint64(epoch) * _GOLDEN)
             self._key_B = _mix(key + np.asarray(indices).astype(np.uint64) * _GOLDEN)
+        self._indices_B = np.asarray(indices)
+        self.trained_B = None if trained is None else np.asarray(trained, np.int64)
         self._drawn = 0
 
     @property
@@ -90,8 +97,19 @@ class SampleRandom:
     def select(self, rows: np.ndarray) -> SampleRandom:
         """Fresh numbers (none drawn yet) of some of the samples."""
         chosen = object.__new__(SampleRandom)
-        chosen._key_B, chosen._drawn = self._key_B[rows], 0
+        chosen._key_B, chosen._run_key, chosen._drawn = self._key_B[rows], self._run_key, 0
+        chosen._indices_B, chosen.trained_B = self._indices_B[rows], None if self.trained_B is None else self.trained_B[rows]
         return chosen
+
+    def spread(self, sequence_length: int) -> np.ndarray:
+        """float64 [B], uniform in [0, 1) and spread evenly over any run of samples in the order of training (of validation: by index).
+
+        The multiples of the golden ratio, modulo 1, from a random beginning: n consecutive ones leave no gap beyond 1.7 / n. A batch
+        thereby covers [0, 1) evenly, and yet each row is a function of its own sample alone.
+        """
+        number_B = self._indices_B if self.trained_B is None else self.trained_B // sequence_length
+        with np.errstate(over="ignore"):
+            return ((np.uint64(self._run_key) + number_B.astype(np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
     def bits(self, count: int) -> np.ndarray:
         """uint64 [B, count], uniform."""
@@ -108,6 +126,10 @@ class SampleRandom:
         """uint16 [B, count], uniform: a quarter of the cost of uniform, for one draw a token."""
         return self.bits(-(-count // 4)).view(np.uint16)[:, :count]
 
+    def uint32(self, count: int) -> np.ndarray:
+        """uint32 [B, count], uniform."""
+        return self.bits(-(-count // 2)).view(np.uint32)[:, :count]
+
     def bits_at(self, rows: np.ndarray, slots: np.ndarray, stream: int = 0) -> np.ndarray:
         """uint64, uniform: the number in slot `slots[…]` of row `rows[…]` (broadcast together), whatever was drawn before.
 
@@ -122,6 +144,26 @@ class SampleRandom:
         return (self.bits_at(rows, slots, stream) >> np.uint64(11)) * 2.0**-53
 
 
+class Ramp(NamedTuple):
+    """A number that goes linearly from `start` to `end` over the first `tokens` positions of training, and stays there."""
+
+    start: float
+    end: float
+    tokens: int = 0
+    """0: `end` from the beginning."""
+
+    @property
+    def largest(self) -> float:
+        """What it never exceeds."""
+        return max(self.start, self.end) if self.tokens else self.end
+
+    def at(self, rng: SampleRandom) -> np.ndarray:
+        """float64 [B]: its value for each sample."""
+        if rng.trained_B is None or not self.tokens:
+            return np.full(rng.rows, self.end)
+        return self.start + (self.end - self.start) * np.minimum(rng.trained_B / self.tokens, 1.0)
+
+
 class Objective(ABC):
     """Interface of every objective."""
 
@@ -129,6 +171,11 @@ class Objective(ABC):
     """Which positions may see which."""
     parts: tuple[str, ...] = ()
     """Names of the components that the loss is also reported by (Examples.part_BS indexes them). Empty: no split."""
+    steps_ahead: int = 0
+    """Steps beyond the next token that are predicted too. Labels, weights and parts are then [B, (1 + steps_ahead)·S]: a block of S for
+    each step, the next token's first."""
+    counts_apart: bool = False
+    """True: the loss is a mean over Examples.counts_B, with weights_BS, and not over its targets."""
     rewrites_stream: bool = False
     """True: `rewrite` changes the stream before windows are cut (document-level transforms, kept for comparison)."""
 
@@ -143,6 +190,10 @@ class Objective(ABC):
     @abstractmethod
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
         """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length)."""
+
+    def counters(self) -> dict[str, int]:
+        """What has been counted so far and is worth logging, by name (`…_share` is made of two: see FIM)."""
+        return {}
 
     def rewrite(self, stream: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """The stream of one epoch, at least as long as `stream`. Only with rewrites_stream."""
@@ -164,6 +215,17 @@ def require_roles(vocabulary: Vocabulary, roles: tuple[str, ...], objective: str
     if missing := [role for role, token in ids.items() if token is None]:
         raise ConfigError(f"objective={objective} needs the special tokens {', '.join(missing)}, which the tokenizer lacks; add them to it")
     return tuple(ids.values())
+
+
+def ordinary_ids(vocabulary: Vocabulary, objective: str) -> np.ndarray:
+    """bool [V]: ids that are text, which alone may be hidden or drawn; refuses a vocabulary that has none."""
+    ordinary_V = np.ones(vocabulary.size, bool)
+    ordinary_V[: len(vocabulary.special_V)] = ~vocabulary.special_V
+    named = (vocabulary.mask, vocabulary.padding, vocabulary.end_of_document)
+    ordinary_V[[token for token in named if token is not None]] = False
+    if not ordinary_V.any():
+        raise ConfigError(f"objective={objective} needs a vocabulary with ordinary tokens; every id of this tokenizer is special")
+    return ordinary_V
 
 
 def document_segments(tokens_BR: np.ndarray, end_of_document: int) -> np.ndarray:

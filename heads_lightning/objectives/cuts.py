@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from heads_lightning.objectives.base import Vocabulary, gather_ranges
+from heads_lightning.objectives.syntax import SyntaxPlaces
 from heads_lightning.registry import ConfigError
 
 
@@ -52,13 +53,17 @@ class Cutter(ABC):
 
     @abstractmethod
     def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
-        """The three parts of the pieces tokens[start:end], none of them empty.
+        """The three parts of the pieces tokens[start:end], none of which is empty.
 
         Args:
             text: flat ids, measured.
             starts, ends: int64 [P].
             draws_P2: float64 [P, 2], uniform in [0, 1): where to cut, in any order.
         """
+
+    def counters(self) -> dict[str, int]:
+        """What was counted so far, by name."""
+        return {}
 
 
 class TokenCutter(Cutter):
@@ -116,7 +121,7 @@ def _kind(byte: int) -> int:
 
 
 class CharCutter(Cutter):
-    """Cuts between characters (code points), never inside one; or between lines.
+    """Cuts between characters (code points), never inside one; or between lines; or around a node of the syntax tree.
 
     A window may begin or end inside a character: those bytes keep single-byte tokens, since they are no text to encode.
     """
@@ -125,8 +130,8 @@ class CharCutter(Cutter):
     table_size = 1 << 17
     """Entries of the tables of encoded cells and texts; a full table is emptied. Affects speed alone."""
 
-    def __init__(self, vocabulary: Vocabulary, *, lines: bool = False) -> None:
-        """`lines`: cut only where a line begins, and at the ends of a piece."""
+    def __init__(self, vocabulary: Vocabulary, *, lines: bool = False, nodes: bool = False) -> None:
+        """`lines`: cut only where a line begins, and at the ends of a piece. `nodes`: around a node, where a piece parses."""
         self._lines = lines
         self._bytes = [*vocabulary.token_bytes] + [b""] * (vocabulary.size - len(vocabulary.token_bytes))
         self._encode_text = vocabulary.encode
@@ -136,7 +141,13 @@ class CharCutter(Cutter):
         self._single = max(map(len, self._bytes)) <= 1  # nothing is ever merged: a cut changes no ids
         self._byte_tables()
         self._clear()
+        self._nodes: SyntaxPlaces | None = None
         self._probe()
+        if nodes:
+            self._nodes = SyntaxPlaces(self._bytes)
+
+    def counters(self) -> dict[str, int]:
+        return {} if self._nodes is None else {"parsed": self._nodes.parsed, "unparsed": self._nodes.unparsed}
 
     def _probe(self) -> None:
         """Refuse a tokenizer for which local encoding is not exact (merges across words, or text changed by normalisation)."""
@@ -182,6 +193,8 @@ class CharCutter(Cutter):
 
     def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
         at_P2, byte_P2 = self._places(text, starts, ends, draws_P2)
+        if self._nodes is not None:
+            self._nodes.put(text.tokens, starts, ends, draws_P2, at_P2, byte_P2)
         if self._single:
             return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), text.tokens[:0])
         left_P2, right_P2, near = self._find_cells(text.tokens, starts, ends, at_P2, byte_P2)

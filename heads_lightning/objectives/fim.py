@@ -5,6 +5,7 @@ A transformed piece is laid out as one of (p prefix, m middle, s suffix; an end-
     PSM             [EOD] PRE p SUF s MID m END
     SPM, variant 1  [EOD] SUF s PRE p MID m END
     SPM, variant 2  [EOD] PRE SUF s MID p m END
+    suffix first    [EOD] SUF s PRE p m END
 
 Choices:
 - `level=context` cuts after the window is chosen: the window is split at documents, room for sentinels is reserved before it is filled,
@@ -25,11 +26,21 @@ import numpy as np
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Examples
 from heads_lightning.configs.objective import FIMConfig, FIMCut, FIMLevel, FIMLoss, SPMLayout
-from heads_lightning.objectives.base import Objective, SampleRandom, Vocabulary, Window, document_segments, gather_ranges, require_roles
+from heads_lightning.objectives.base import (
+    Objective,
+    Ramp,
+    SampleRandom,
+    Vocabulary,
+    Window,
+    document_segments,
+    gather_ranges,
+    require_roles,
+)
 from heads_lightning.objectives.cuts import CharCutter, Cutter, Measured, TokenCutter
 from heads_lightning.registry import ConfigError
 
-_PLAIN, _PSM, _SPM1, _SPM2 = range(4)
+_PLAIN, _PSM, _SPM1, _SPM2, _SUFFIX_FIRST = range(5)
+_SPM = {SPMLayout.variant1: _SPM1, SPMLayout.variant2: _SPM2, SPMLayout.suffix_first: _SUFFIX_FIRST}
 # Ranges of a piece: 0 marker, 1-2 prefix, 3-5 middle, 6-7 suffix, 8 PRE, 9 SUF, 10 MID, 11 END. The middle and END are always last.
 _MARKER, _PRE, _SUF, _MID, _END = 0, 8, 9, 10, 11
 _ORDER = np.array(
@@ -38,6 +49,7 @@ _ORDER = np.array(
         [_MARKER, _PRE, 1, 2, _SUF, 6, 7, _MID, 3, 4, 5, _END],
         [_MARKER, _SUF, 6, 7, _PRE, 1, 2, _MID, 3, 4, 5, _END],
         [_MARKER, _PRE, _SUF, 6, 7, _MID, 1, 2, 3, 4, 5, _END],
+        [_MARKER, _SUF, 6, 7, _PRE, 1, 2, _MID, 3, 4, 5, _END],  # its MID is empty
     ]
 )
 OVERHEAD = 4
@@ -78,12 +90,16 @@ class FIM(Objective):
     parts = ("left_to_right", "infill")
 
     def __init__(self, config: FIMConfig, vocabulary: Vocabulary) -> None:
-        self._sentinels = require_roles(vocabulary, config.special_tokens, config.name)  # PRE, SUF, MID, END
+        self.layouts = config.layouts(vocabulary.fim_format)
+        self._sentinels = fim_sentinels(vocabulary, self.layouts.spm)
         self.config = config
         self.vocabulary = vocabulary
-        self.cutter: Cutter = TokenCutter() if config.cut is FIMCut.token else CharCutter(vocabulary, lines=config.cut is FIMCut.line)
+        self.cutter = _cutter(config.cut, vocabulary)
         self.rewrites_stream = config.level is FIMLevel.document
-        self._spm = _SPM1 if config.spm is SPMLayout.variant1 else _SPM2
+        if self.rewrites_stream and self.layouts.spm is SPMLayout.suffix_first:
+            raise ConfigError("objective.level=document cannot tell where a middle begins in objective.spm=suffix_first; use level=context")
+        self._rate = Ramp(config.rate if config.rate_start is None else config.rate_start, config.rate, config.rate_tokens)
+        self._spm = _SPM[self.layouts.spm]
 
     def window(self, sequence_length: int) -> Window:
         stride = sequence_length if self.rewrites_stream else sequence_length - self.reserve(sequence_length)
@@ -91,7 +107,7 @@ class FIM(Objective):
 
     def reserve(self, sequence_length: int) -> int:
         """Positions kept for sentinels, end markers and re-tokenisation: of one piece, and of one more in each 1024 tokens."""
-        if self.config.rate == 0:
+        if self._rate.largest == 0:
             return 0
         return min(sequence_length // 8, (OVERHEAD + self.cutter.spare) * (1 + sequence_length // 1024))
 
@@ -100,9 +116,13 @@ class FIM(Objective):
             return self._examples_of_rewritten(tokens_BR)
         pieces = split_pieces(tokens_BR, self.vocabulary.end_of_document)
         draws_P4 = rng.uniform_at(pieces.rows[:, None], 4 * pieces.numbers[:, None] + np.arange(4))
+        draws_P4[:, 0] = draws_P4[:, 0] >= self._rate.at(rng)[pieces.rows]  # decided once: 0 transform, 1 leave
         tokens = tokens_BR.reshape(-1)
         pieces, plan = self._fit(self.cutter.measure(tokens), pieces, draws_P4, sequence_length)
         return self._assemble(tokens, pieces, plan, len(tokens_BR), sequence_length)
+
+    def counters(self) -> dict[str, int]:
+        return self.cutter.counters()
 
     def rewrite(self, stream: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Transform whole documents; each depends on (seed, epoch, its number in the stream) alone."""
@@ -113,6 +133,7 @@ class FIM(Objective):
             starts = np.concatenate([[0], starts])
         ends = np.append(starts[1:], len(stream))
         draws_P4 = SampleRandom(seed, epoch, np.arange(len(starts))).uniform(4)
+        draws_P4[:, 0] = draws_P4[:, 0] >= self.config.rate
         edges = np.unique(np.searchsorted(starts, np.arange(0, len(stream) + _CHUNK, _CHUNK)))  # whole documents, bounded memory
         return np.concatenate(
             [stream[:0]]
@@ -129,10 +150,10 @@ class FIM(Objective):
         return self._source(tokens, plan, 0)[gather_ranges(plan.starts_PK.reshape(-1), plan.lengths_PK.reshape(-1))]
 
     def _plan(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray) -> _Plan:
-        """Choose, cut and lay out; a piece without text stays as it is."""
+        """Cut and lay out the pieces whose first draw is 0; one without text stays as it is."""
         has_text = pieces.ends > pieces.bodies
-        layout = np.where(draws_P4[:, 1] < self.config.spm_rate, self._spm, _PSM)
-        modes = np.where((draws_P4[:, 0] < self.config.rate) & has_text, layout, _PLAIN)
+        layout = np.where(draws_P4[:, 1] < self.layouts.spm_rate, self._spm, _PSM)
+        modes = np.where((draws_P4[:, 0] == 0) & has_text, layout, _PLAIN)
         starts_PK = np.zeros((len(modes), 12), np.int64)
         lengths_PK = np.zeros((len(modes), 12), np.int64)
         starts_PK[:, 0], lengths_PK[:, 0] = pieces.starts, pieces.bodies - pieces.starts
@@ -142,6 +163,7 @@ class FIM(Objective):
         starts_PK[which, 1:8], lengths_PK[which, 1:8] = parts.starts_P7, parts.lengths_P7
         starts_PK[:, 8:] = np.arange(-OVERHEAD, 0)  # the sentinels are at the end of the source
         lengths_PK[which, 8:] = 1
+        lengths_PK[modes == _SUFFIX_FIRST, _MID] = 0
         order = _ORDER[modes]
         return _Plan(modes, np.take_along_axis(starts_PK, order, 1), np.take_along_axis(lengths_PK, order, 1), parts.extra)
 
@@ -153,7 +175,7 @@ class FIM(Objective):
     def _fit(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
         """Pieces that fill at most `room` positions a row: the last one covers less text, before it is cut, until it fits."""
         spare = min(self.cutter.spare, room // 16)
-        reserved = (OVERHEAD + spare) * ((draws_P4[:, 0] < self.config.rate) & (pieces.ends > pieces.bodies))
+        reserved = (OVERHEAD + spare) * ((draws_P4[:, 0] == 0) & (pieces.ends > pieces.bodies))
         lengths = pieces.ends - pieces.starts + reserved  # mostly enough: few pieces are cut twice
         kept = np.flatnonzero(_offsets(pieces.rows, lengths) < room)
         pieces, draws_P4 = pieces.take(kept), draws_P4[kept]
@@ -179,7 +201,7 @@ class FIM(Objective):
         over = np.flatnonzero(offsets + lengths > room)
         left = room - offsets[over]
         ends = pieces.ends[over] - (lengths[over] - left) - spare
-        plain = (draws_P4[over, 0] >= self.config.rate) | (ends <= pieces.bodies[over])
+        plain = (draws_P4[over, 0] == 1) | (ends <= pieces.bodies[over])
         pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + left, pieces.limits[over]), ends)
         draws_P4[over[plain], 0] = 1.0
         return over
@@ -239,6 +261,21 @@ class FIM(Objective):
         return Examples(tokens_BS, labels_BS, segments_BS, part_BS=infill.astype(np.int8))
 
 
+def _cutter(cut: FIMCut, vocabulary: Vocabulary) -> Cutter:
+    if cut is FIMCut.token:
+        return TokenCutter()
+    return CharCutter(vocabulary, lines=cut in (FIMCut.line, FIMCut.syntax), nodes=cut is FIMCut.syntax)
+
+
+def fim_sentinels(vocabulary: Vocabulary, spm: SPMLayout) -> tuple[int, int, int, int]:
+    """PRE, SUF, MID, END; where the layout has no MID, SUF stands for it and is not used."""
+    if spm == SPMLayout.suffix_first and vocabulary.fim_middle is None:
+        pre, suf, end = require_roles(vocabulary, ("fim_prefix", "fim_suffix", "fim_end"), "fim")
+        return pre, suf, suf, end
+    pre, suf, mid, end = require_roles(vocabulary, FIMConfig.special_tokens, "fim")
+    return pre, suf, mid, end
+
+
 _CHUNK = 1 << 20
 """Tokens of the stream that are rewritten at once."""
 
@@ -277,25 +314,30 @@ def fim_prompt(
     layout: str = "psm",
     spm_variant: SPMLayout = SPMLayout.variant2,
     document_start: bool = True,
+    mode: int | None = None,
 ) -> np.ndarray:
     """int64 ids after which the middle follows, laid out as in training.
 
     Args:
         prefix_ids, suffix_ids: int, each tokenised as a text that stands alone.
         layout: `psm` or `spm`.
-        spm_variant: which of the two layouts called SPM.
+        spm_variant: which of the layouts called SPM.
         document_start: whether the prefix begins at the document's beginning (then a marker stands in front).
+        mode: the mode token that pieces of this kind opened with in a mixture.
     """
-    pre, suf, mid, _ = ([token] for token in require_roles(vocabulary, FIMConfig.special_tokens, "fim"))
+    pre, suf, mid, _ = ([token] for token in fim_sentinels(vocabulary, spm_variant))
+    opening = [mode] if mode is not None else [vocabulary.end_of_document] * document_start
     if layout not in ("psm", "spm"):
         raise ConfigError(f"layout={layout} of an infilling prompt does not exist; it is psm or spm")
     if layout == "psm":
         parts = [pre, prefix_ids, suf, suffix_ids, mid]
     elif spm_variant == SPMLayout.variant1:
         parts = [suf, suffix_ids, pre, prefix_ids, mid]
+    elif spm_variant == SPMLayout.suffix_first:
+        parts = [suf, suffix_ids, pre, prefix_ids]
     else:
         parts = [pre, suf, suffix_ids, mid, prefix_ids]
-    return np.concatenate([[vocabulary.end_of_document] * document_start, *parts]).astype(np.int64)
+    return np.concatenate([opening, *parts]).astype(np.int64)
 
 
 def invert(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
@@ -304,14 +346,21 @@ def invert(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     A piece that is not transformed comes back as it is. The bytes are those of the source; ids around the cuts may differ.
     """
     ids = np.asarray(ids)
-    body = int(len(ids) > 0 and ids[0] == vocabulary.end_of_document)
-    where = {role: np.flatnonzero(ids == getattr(vocabulary, f"fim_{role}")) for role in ("prefix", "suffix", "middle", "end")}
-    if not len(where["middle"]):
+    body = int(len(ids) > 0 and ids[0] == vocabulary.end_of_document)  # which may be the end of a middle, too
+    where = {
+        role: body + np.flatnonzero(ids[body:] == getattr(vocabulary, f"fim_{role}")) for role in ("prefix", "suffix", "middle", "end")
+    }
+    if not len(where["prefix"]):
         return ids
+    suffix_first = not len(where["middle"]) and len(where["suffix"]) == 1 and where["suffix"][0] < where["prefix"][0]
+    if suffix_first:
+        where["middle"] = where["suffix"]  # is not there
     if any(len(found) != 1 for found in where.values()) or where["end"][0] != len(ids) - 1:
         places = {role: found.tolist() for role, found in where.items()}
         raise ValueError(f"not one whole infilling piece: sentinels at {places}")
     pre, suf, mid, end = (int(found[0]) for found in where.values())
+    if suffix_first:
+        return np.concatenate([ids[:body], ids[pre + 1 : end], ids[suf + 1 : pre]])
     if pre < suf:  # PSM, and SPM variant 2: that is PSM with nothing between PRE and SUF, and prefix and middle in one
         return np.concatenate([ids[:body], ids[pre + 1 : suf], ids[mid + 1 : end], ids[suf + 1 : mid]])
     return np.concatenate([ids[:body], ids[pre + 1 : mid], ids[mid + 1 : end], ids[suf + 1 : pre]])

@@ -4,6 +4,8 @@ Choices:
 - A sample belongs to a part by a draw of its own, so the shares hold in the long run and nothing depends on the batch.
 - The parts read windows of different lengths. Windows begin at the shortest stride, so that no token is skipped; a part that reads more
   sees some tokens of the next window too.
+- The mode of a part is a token that opens each of its pieces: in place of the end-of-document marker where the piece has one, in front
+  where it begins inside a document. It is read, never predicted. Mode tokens are the last of the tokenizer's sentinels.
 - Parts must agree on attention. Causal parts fit beside prefix parts: their prefix is empty. The decoder of an encoder-decoder is as long
   as its longest part's; the others are padded.
 """
@@ -15,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Examples
-from heads_lightning.objectives.base import Objective, SampleRandom, Vocabulary, Window
+from heads_lightning.objectives.base import Objective, Ramp, SampleRandom, Vocabulary, Window
 
 _CHOICE = 1 << 20
 """Stream of the draws that choose the part: apart from those of the parts."""
@@ -25,8 +27,10 @@ class Part(NamedTuple):
     """One objective of a mixture."""
 
     name: str
-    weight: float
+    weight: Ramp
     objective: Objective
+    mode: int | None = None
+    """Token that opens its pieces."""
 
 
 class Mixture(Objective):
@@ -41,22 +45,42 @@ class Mixture(Objective):
         )
         counts = [max(1, len(part.objective.parts)) for part in components]
         self._first_part = np.cumsum([0, *counts[:-1]])
-        weights = np.array([part.weight for part in components])
-        self._edges = np.cumsum(weights)[:-1] / weights.sum()
+        self._counts = any(part.objective.counts_apart for part in components)
+
+    @property
+    def counts_apart(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._counts
 
     def window(self, sequence_length: int) -> Window:
-        windows = [part.objective.window(sequence_length) for part in self.components]
+        windows = [part.objective.window(self._room(part, sequence_length)) for part in self.components]
         return Window(min(w.stride for w in windows), max(w.length for w in windows))
 
+    def counters(self) -> dict[str, int]:
+        return {f"{part.name}_{name}": count for part in self.components for name, count in part.objective.counters().items()}
+
+    def _room(self, part: Part, sequence_length: int) -> int:
+        """Positions that a part fills: a mode token may need one."""
+        return sequence_length - (part.mode is not None)
+
+    def _choose(self, rng: SampleRandom) -> np.ndarray:
+        """int [B]: the part of each sample."""
+        weights_BP = np.stack([part.weight.at(rng) for part in self.components], axis=1)
+        edges_BP = np.cumsum(weights_BP, axis=1)
+        rows = np.arange(rng.rows)
+        draw_B = rng.uniform_at(rows, np.zeros_like(rows), _CHOICE)
+        return (draw_B[:, None] >= edges_BP[:, :-1] / edges_BP[:, -1:]).sum(axis=1)
+
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
-        rows = np.arange(len(tokens_BR))
-        chosen_B = np.searchsorted(self._edges, rng.uniform_at(rows, np.zeros_like(rows), _CHOICE), side="right")
+        chosen_B = self._choose(rng)
         out = self._blank(len(tokens_BR), sequence_length)
         for number, part in enumerate(self.components):
             which = np.flatnonzero(chosen_B == number)
             if len(which):
-                width = part.objective.window(sequence_length).length
-                made = part.objective.examples(np.ascontiguousarray(tokens_BR[which, :width]), rng.select(which), sequence_length)
+                room = self._room(part, sequence_length)
+                width = part.objective.window(room).length
+                made = part.objective.examples(np.ascontiguousarray(tokens_BR[which, :width]), rng.select(which), room)
+                if part.mode is not None:
+                    made = open_with(made, part.mode, self.vocabulary)
                 self._put(out, which, made, int(self._first_part[number]))
         return out
 
@@ -73,13 +97,54 @@ class Mixture(Objective):
             prefix_BS=np.zeros(shape, bool) if self.attention is Attention.prefix else None,
             encoder_tokens_BT=np.full((rows, sequence_length), self.vocabulary.padding, np.int64) if encodes else None,
             encoder_segments_BT=np.full((rows, sequence_length), PADDING, np.int32) if encodes else None,
+            weights_BS=np.ones(shape, np.float32) if self._counts else None,
             part_BS=np.zeros(shape, np.int8),
+            counts_B=np.zeros(rows, np.int64) if self._counts else None,
         )
 
     def _put(self, out: Examples, rows: np.ndarray, made: Examples, first_part: int) -> None:
         for name, array in made._asdict().items():
             target = getattr(out, name)
             if array is not None and target is not None:
-                target[rows, : array.shape[1]] = array
+                target[(rows, slice(array.shape[1])) if array.ndim == 2 else rows] = array
         assert out.part_BS is not None
         out.part_BS[rows] += np.int8(first_part)
+        if out.counts_B is not None and made.counts_B is None:
+            out.counts_B[rows] = (made.labels_BS != IGNORE).sum(axis=1)
+
+
+def open_with(made: Examples, mode: int, vocabulary: Vocabulary) -> Examples:
+    """Examples one position longer, in which `mode` opens every piece.
+
+    A row that begins with an end-of-document marker has the place for the token already: its extra position is padding, at the end.
+    """
+    marked_B = made.tokens_BS[:, 0] == vocabulary.end_of_document
+    source_BS = np.arange(made.tokens_BS.shape[1] + 1) - ~marked_B[:, None]  # which position each comes from: -1 the new first
+    added_BS = (source_BS < 0) | (source_BS >= made.tokens_BS.shape[1])
+    source_BS = np.clip(source_BS, 0, made.tokens_BS.shape[1] - 1)
+    front_BS = added_BS & ~marked_B[:, None]
+
+    def moved(array_BS: np.ndarray | None, front: int, back: int) -> np.ndarray | None:
+        if array_BS is None:
+            return None
+        taken_BS = np.take_along_axis(array_BS, source_BS, axis=1)
+        taken_BS[added_BS] = back
+        taken_BS[front_BS] = front
+        return taken_BS
+
+    segments_BS = moved(made.segments_BS, 0, PADDING)
+    tokens_BS = moved(made.tokens_BS, mode, vocabulary.padding)
+    assert segments_BS is not None
+    assert tokens_BS is not None
+    opens_BS = np.diff(segments_BS, axis=1, prepend=-1) > 0
+    tokens_BS[opens_BS & (tokens_BS == vocabulary.end_of_document)] = mode
+    labels_BS = moved(made.labels_BS, IGNORE, IGNORE)
+    assert labels_BS is not None
+    return made._replace(
+        tokens_BS=tokens_BS,
+        labels_BS=labels_BS,
+        segments_BS=segments_BS,
+        weights_BS=moved(made.weights_BS, 0, 0),
+        prefix_BS=moved(made.prefix_BS, 1, 0),
+        part_BS=moved(made.part_BS, 0, 0),
+    )

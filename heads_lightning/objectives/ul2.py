@@ -7,7 +7,7 @@ quarter of it on average. The denoisers of a kind share its weight. There are no
 from __future__ import annotations
 
 from heads_lightning.configs.objective import PrefixLMConfig, SpanCorruptionConfig, UL2Config
-from heads_lightning.objectives.base import Vocabulary
+from heads_lightning.objectives.base import Ramp, Vocabulary
 from heads_lightning.objectives.mixture import Mixture, Part
 from heads_lightning.objectives.prefix_lm import PrefixLM
 from heads_lightning.objectives.span_corruption import SpanCorruption
@@ -22,6 +22,7 @@ def ul2(config: UL2Config, vocabulary: Vocabulary) -> Mixture:
     for kind, weight in (("r", config.r_weight), ("x", config.x_weight)):
         for mean, rate in _SPANS[kind]:
             spans = SpanCorruption(SpanCorruptionConfig(form=config.form, rate=rate, mean_length=mean, edges=config.edges), vocabulary)
-            parts.append(Part(f"{kind}_{mean}_{round(100 * rate)}", weight / len(_SPANS[kind]), spans))
-    parts.append(Part("s", config.s_weight, PrefixLM(PrefixLMConfig(form=config.form, prefix_min=0.5), vocabulary)))
-    return Mixture([part for part in parts if part.weight > 0], config.attention, vocabulary)
+            share = weight / len(_SPANS[kind])
+            parts.append(Part(f"{kind}_{mean}_{round(100 * rate)}", Ramp(share, share), spans))
+    parts.append(Part("s", Ramp(config.s_weight, config.s_weight), PrefixLM(PrefixLMConfig(form=config.form, prefix_min=0.5), vocabulary)))
+    return Mixture([part for part in parts if part.weight.largest > 0], config.attention, vocabulary)

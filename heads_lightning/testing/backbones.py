@@ -25,12 +25,13 @@ def check_backbone(config: BackboneConfig, *, vocab_size: int = 61) -> None:
     assert supported, f"backbone={config.name} supports no attention"
     model = enlarged(config, vocab_size)
     assert list(model.embedding.weight.shape) == [vocab_size, config.d_model], "the embedding is not [V, D]"
-    assert (model.d_model, model.supports) == (config.d_model, type(config).supports), "module and config disagree on d_model or supports"
+    declared = config.d_model, type(config.described()).supports
+    assert (model.d_model, model.supports) == declared, "module and config disagree on d_model or supports"
     one_sequence = [attention for attention in supported if attention != Attention.encoder_decoder]
     for attention in one_sequence:
-        _check_sight(model, attention)
+        check_sight(model, attention)
     for attention in one_sequence:
-        _check_packing_and_padding(model, attention)
+        check_isolation(model, attention)
     if len(one_sequence) < len(supported):
         check_encoder_decoder(model)
     if reads_on := {Attention.causal, Attention.prefix} & set(supported):
@@ -69,7 +70,7 @@ def changed_at(model: nn.Module, one: Batch, other: Batch) -> Tensor:
         return (model(one) - model(other)).abs().amax(dim=(0, 2))
 
 
-def _check_sight(model: nn.Module, attention: Attention) -> None:
+def check_sight(model: nn.Module, attention: Attention) -> None:
     one, prefix = draw_tokens(2, 24), (torch.arange(24) < 10).expand(2, 24)
     for at in (0, 9, 10, 23):
         other = one.clone()
@@ -82,7 +83,7 @@ def _check_sight(model: nn.Module, attention: Attention) -> None:
             assert change[seer] > SEEN, f"attention={attention}: position {seer} does not see position {at}, which it should"
 
 
-def _check_packing_and_padding(model: nn.Module, attention: Attention) -> None:
+def check_isolation(model: nn.Module, attention: Attention) -> None:
     one, what = draw_tokens(2, 24), f"attention={attention}"
     prefix = torch.zeros(2, 24, dtype=torch.bool)
     prefix[:, :3] = prefix[:, 7:12] = True

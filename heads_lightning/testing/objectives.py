@@ -70,7 +70,8 @@ def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, 
             kind = kinds[name.removeprefix("encoder_").rsplit("_", 1)[0]]
             assert array.dtype == kind, f"{name} is {array.dtype}, not {np.dtype(kind)}"
             assert array.flags["C_CONTIGUOUS"], f"{name} is not contiguous: use np.ascontiguousarray"
-            shape = (rows,) if name.endswith("_B") else (rows, objective.decoder_length(sequence_length))
+            blocks = 1 + objective.steps_ahead if name in ("labels_BS", "weights_BS", "part_BS") else 1
+            shape = (rows,) if name.endswith("_B") else (rows, blocks * objective.decoder_length(sequence_length))
             assert name.startswith("encoder_") or array.shape == shape, f"{name} is {array.shape}"
             assert np.isfinite(array).all(), f"{name} has numbers that are not finite"
     assert (made.prefix_BS is not None) == (objective.attention == Attention.prefix), (
@@ -80,13 +81,14 @@ def _check_shapes(objective: Objective, made: Examples, vocabulary: Vocabulary, 
     assert (made.encoder_tokens_BT is not None) == encodes, "encoder_tokens_BT belongs to attention=encoder_decoder, and only there"
     targets = made.labels_BS != IGNORE
     assert targets.any(), "nothing is to be predicted"
+    assert (made.counts_B is not None) == objective.counts_apart, "counts_B belongs to counts_apart=True, and only there"
     for name, ids in (("tokens_BS", made.tokens_BS), ("labels_BS", made.labels_BS[targets])):
         assert ((ids >= 0) & (ids < vocabulary.size)).all(), f"{name} has ids outside 0..{vocabulary.size - 1}"
     for role in (vocabulary.padding, vocabulary.mask):
         assert not (made.labels_BS[targets] == role).any(), "padding or the mask token is to be predicted"
     if made.segments_BS is not None:
         padded, steps = made.segments_BS == PADDING, np.diff(made.segments_BS, axis=1)
-        assert not targets[padded].any(), "padding has targets"
+        assert not targets[np.tile(padded, (1, 1 + objective.steps_ahead))].any(), "padding has targets"
         assert (made.tokens_BS[padded] == vocabulary.padding).all(), "positions of segment PADDING do not hold the padding token"
         assert (padded[:, 1:] | (steps == 0) | (steps == 1)).all(), "segments are numbered in order, one run each, padding last"
     assert len(set(objective.parts)) == len(objective.parts), f"parts {objective.parts} repeat a name"
@@ -121,9 +123,10 @@ def _check_nothing_to_predict_can_be_read(objective: Objective, vocabulary: Voca
     made = make_examples(objective, np.tile(np.array(different, np.uint32), 60), sequence_length, range(32))
     segments = np.zeros_like(made.tokens_BS) if made.segments_BS is None else made.segments_BS
     index, readable, targets = np.arange(made.tokens_BS.shape[1]), 0, 0
-    for b, s in zip(*np.nonzero(made.labels_BS != IGNORE), strict=True):
-        if vocabulary.special_V[made.labels_BS[b, s]]:
+    for b, column in zip(*np.nonzero(made.labels_BS != IGNORE), strict=True):
+        if vocabulary.special_V[made.labels_BS[b, column]]:
             continue
+        s = column % sequence_length
         sees = index <= s if objective.attention != Attention.bidirectional else index >= 0
         if made.prefix_BS is not None:
             sees = sees | (made.prefix_BS[b] if made.prefix_BS[b, s] else False)
@@ -131,11 +134,10 @@ def _check_nothing_to_predict_can_be_read(objective: Objective, vocabulary: Voca
         if made.encoder_tokens_BT is not None:
             same = True if made.encoder_segments_BT is None else made.encoder_segments_BT[b] == segments[b, s]
             seen = np.concatenate((seen, made.encoder_tokens_BT[b][same].ravel()))
-        targets, readable = targets + 1, readable + int((seen == made.labels_BS[b, s]).any())
-        leaks = bool((seen == made.labels_BS[b, s]).any()) and objective.attention != Attention.bidirectional
-        assert not leaks, (
-            f"row {b}, position {s}: the label {made.labels_BS[b, s]} stands where this position may look (labels are aligned)"
-        )
+        label = made.labels_BS[b, column]
+        targets, readable = targets + 1, readable + int((seen == label).any())
+        leaks = bool((seen == label).any()) and objective.attention != Attention.bidirectional
+        assert not leaks, f"row {b}, position {s}: the label {label} stands where this position may look (labels are aligned)"
     # from both sides some targets may be left as they are (BERT keeps a tenth), but not all
     assert readable < targets, "every target can be read where it stands: nothing is hidden"
 

@@ -28,7 +28,12 @@ class MetricsCallback(Callback):
         every_steps: optimizer steps between points.
         waited_seconds: total seconds that the loader has kept training waiting so far.
         tokens_per_step: positions of one optimizer step, over all ranks.
+        counters: what the objective has counted so far.
+        warn: told once when it is the loader that training waits for.
     """
+
+    WAITS = 0.1
+    """Share of the time between two points from which on waiting for data is worth a warning."""
 
     def __init__(
         self,
@@ -38,7 +43,12 @@ class MetricsCallback(Callback):
         every_steps: int,
         waited_seconds: Callable[[], float],
         tokens_per_step: int,
+        counters: Callable[[], dict[str, int]] = dict,
+        warn: Callable[[str], None] = lambda message: None,
     ) -> None:
+        self.counters = counters
+        self.warn = warn
+        self._warned = False
         self.record = record
         self.flush = flush
         self.every_steps = every_steps
@@ -78,10 +88,22 @@ class MetricsCallback(Callback):
         if step % self.every_steps and step != trainer.num_training_batches:
             return
         values = self._values(trainer, pl_module)
+        self._check_loader(values, step)
         self.latest |= values
         self.record(values, step, step * self.tokens_per_step)
         pl_module.totals.clear()
         self._restart_clock()
+
+    def _check_loader(self, values: dict[str, float], step: int) -> None:
+        """Say once that the loader, not the model, is the limit. The first point has the first steps in it, which wait for everything."""
+        waited = values["speed/data_wait_share"]
+        if waited > self.WAITS and step > self.every_steps and not self._warned:
+            self._warned = True
+            self.warn(
+                f"training waited for data {waited:.0%} of the time up to step {step}: the loader is the limit, at "
+                f"{values['speed/tokens_per_second']:,.0f} positions/s; a larger model would cost nothing, and objective.cut=token or "
+                f"line is faster than syntax"
+            )
 
     def _values(self, trainer: lightning.Trainer, module: LanguageModule) -> dict[str, float]:
         totals = module.totals
@@ -101,8 +123,10 @@ class MetricsCallback(Callback):
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/target_share": targets / max(totals.steps * self.tokens_per_step, 1),
             "train/bad_steps": float(module.bad_steps),
+            "data/padding_share": totals.padding / max(totals.positions, 1),
             "speed/tokens_per_second": totals.steps * self.tokens_per_step / max(seconds, 1e-9),
             "speed/data_wait_share": (self.waited_seconds() - self._waited) / max(seconds, 1e-9),
+            **{f"data/{name}": float(count) for name, count in self.counters().items()},
         }
 
 

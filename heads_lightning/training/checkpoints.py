@@ -63,7 +63,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
-    """Load a checkpoint with weights_only=True; a file that cannot be read is named, with what to use instead."""
+    """Load a checkpoint with weights_only=True, or a converted folder; what cannot be read is named, with what to use instead."""
+    if is_weights_folder(path):
+        return _read_weights_folder(path)
     if not path.exists():
         raise ConfigError(f"checkpoint {path} does not exist")
     try:
@@ -94,6 +96,25 @@ def is_checkpoint(path: Path) -> bool:
 def step_of(path: Path) -> int:
     """Optimizer steps that a checkpoint was saved after."""
     return int(path.stem.removeprefix("step-"))
+
+
+def is_weights_folder(path: Path) -> bool:
+    """Whether `heads-lightning convert to=native` wrote this folder: config.yaml, tokenizer files and safetensors side by side."""
+    return (path / "config.yaml").is_file() and next(path.glob("*.safetensors"), None) is not None
+
+
+def _read_weights_folder(folder: Path) -> dict[str, Any]:
+    """The same entries as a checkpoint's, as far as generation and evaluation need them."""
+    from safetensors.torch import load_file
+
+    weights = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    names = ("tokenizer.json", "tokenizer_config.json")
+    tokenizer = {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+    if names[0] not in tokenizer:
+        raise ConfigError(f"{folder} holds no tokenizer.json: its source had none; put one there")
+    record: dict[str, Any] = {"config": (folder / "config.yaml").read_text(encoding="utf-8"), "tokenizer": tokenizer}
+    record["vocab_size"] = len(weights["backbone.embedding.weight"])
+    return {"state_dict": weights, "global_step": 0, KEY: record}
 
 
 def saved_checkpoints(folder: Path) -> list[Path]:

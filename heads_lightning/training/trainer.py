@@ -26,17 +26,25 @@ def resolve_precision(precision: str, accelerator: str) -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return "32-true"
-    return "bf16-mixed" if _product_seconds(torch.bfloat16) * 1.3 < _product_seconds(torch.float32) else "32-true"
+    exact, rough = _product_seconds(torch.float32, torch.bfloat16)
+    return "bf16-mixed" if rough * 1.3 < exact else "32-true"
 
 
-def _product_seconds(dtype: torch.dtype, size: int = 512, repeats: int = 7) -> float:
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - start)
-    return best
+def _product_seconds(*dtypes: torch.dtype, size: int = 512, repeats: int = 9) -> list[float]:
+    """Least processor time of a matrix product of each type, on one thread: a busy machine must not change what a run computes in."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        operands = [torch.ones(size, size, dtype=dtype) for dtype in dtypes]
+        best = [float("inf")] * len(dtypes)
+        for _ in range(repeats):
+            for i, operand in enumerate(operands):
+                start = time.thread_time()
+                torch.mm(operand, operand)
+                best[i] = min(best[i], time.thread_time() - start)
+        return best
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _strategy(config: TrainerConfig) -> Any:

@@ -14,10 +14,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 
 class HeadsSweeper(Sweeper):
-    """Takes the overrides from Hydra, decides the folder once, and gives Hydra's launcher the cells."""
+    """Takes the overrides from Hydra, decides the folder once, and gives Hydra's launcher the cells.
 
-    def __init__(self, kind: str) -> None:
+    Args:
+        kind: which sweep.
+        params: overrides that a config file gives the sweep (`hydra.sweeper.params`), as Hydra's own sweeper has them; those of the
+            command line win.
+    """
+
+    def __init__(self, kind: str, params: dict[str, Any] | None = None) -> None:
         self.kind = kind
+        self.params = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
@@ -28,7 +35,9 @@ class HeadsSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from heads_lightning.sweeps import hydra_side
 
-        return hydra_side.sweep(self.kind, self.config, self.hydra_context, self.launcher, arguments)
+        given = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+        named = [f"{key}={value}" for key, value in self.params.items() if key not in given]
+        return hydra_side.sweep(self.kind, self.config, self.hydra_context, self.launcher, [*named, *arguments])
 
 
 def _fix_folder(config: DictConfig) -> None:

@@ -1,0 +1,77 @@
+"""`check`: try an experiment out before it costs anything; or, with --config-only, compose every recipe of a folder in a moment."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from heads_lightning.commands.show import as_json, table
+from heads_lightning.commands.words import taken
+from heads_lightning.composition import compose
+from heads_lightning.composition.store import conf_dir
+from heads_lightning.registry import ConfigError
+
+FLAGS = ("--json", "--config-only")
+
+
+class Verdict(NamedTuple):
+    """What a recipe's composition came to."""
+
+    recipe: str
+    verdict: str
+    text: str
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`heads-lightning check [OVERRIDES] [--config-dir FOLDER] [--json] [--config-only]`; exit code 1 when something failed."""
+    words, config_dir = taken(list(arguments), "--config-dir", "FOLDER")
+    words, config_name = taken(words, "--config-name", "NAME")
+    if unknown := [word for word in words if word.startswith("-") and word not in FLAGS]:
+        raise ConfigError(f"{unknown[0]} is not a flag of check; it knows {', '.join(FLAGS)}, --config-dir FOLDER and --config-name NAME")
+    overrides = [word for word in words if word not in FLAGS]
+    if "--config-only" in words:
+        return _recipes(overrides, config_dir, as_text="--json" not in words)
+    return _experiment(overrides, config_dir, config_name, as_text="--json" not in words)
+
+
+def _recipes(overrides: list[str], config_dir: str | None, *, as_text: bool) -> int:
+    """Compose and validate every recipe, without torch."""
+    found = list(_verdicts(overrides, config_dir))
+    if as_text:
+        table([(row.verdict, f"experiment={row.recipe}", row.text) for row in found])
+    else:
+        as_json([row._asdict() for row in found])
+    return int(any(row.verdict == "failed" for row in found))
+
+
+def _verdicts(overrides: list[str], config_dir: str | None) -> Iterator[Verdict]:
+    folders = [Path(str(conf_dir())), *([Path(config_dir)] if config_dir else [])]
+    names = sorted({path.stem for folder in folders for path in (folder / "experiment").glob("*.yaml")})
+    if not names:
+        raise ConfigError(f"{', '.join(map(str, folders))}: no experiment/*.yaml to check")
+    for name in names:
+        try:
+            compose([f"experiment={name}", *overrides], config_dir=config_dir)
+            yield Verdict(name, "ok", "")
+        except ConfigError as error:
+            yield Verdict(name, "failed", str(error))
+
+
+def _experiment(overrides: list[str], config_dir: str | None, config_name: str | None, *, as_text: bool) -> int:
+    """Every probe of one experiment, said as it is done."""
+    named = {} if config_name is None else {"config_name": config_name}
+    config = compose(overrides, config_dir=config_dir, **named)
+    from heads_lightning.preflight import preflight
+
+    started, rows = time.perf_counter(), []
+    for row in preflight(config, say=print if as_text else lambda line: None):
+        rows.append(row)
+        if as_text:
+            print(f"{row.verdict:8} {row.name:14} {row.text}", flush=True)
+    failed = [row.name for row in rows if row.verdict == "failed"]
+    seconds = time.perf_counter() - started
+    if as_text:
+        print(f"{'failed: ' + ', '.join(failed) if failed else 'nothing speaks against it'} ({len(rows)} probes, {seconds:.0f} s)")
+    else:
+        as_json({"failed": failed, "seconds": round(seconds, 2), "rows": [row._asdict() for row in rows]})
+    return int(bool(failed))
