@@ -167,7 +167,7 @@ def load(reference: str, *, run_root: str = "runs", device: torch.device | str =
     checkpoint = read_checkpoint(path)
     config = from_yaml(checkpoint[KEY]["config"])
     tokenizer = tokenizer_from(checkpoint[KEY]["tokenizer"])
-    weights = checkpoint["state_dict"]
+    weights = checkpoint["state_dict"] | checkpoint.get("average", {})
     # a converted model may have more rows than the tokenizer has tokens
     rows = checkpoint[KEY].get("vocab_size", tokenizer.vocabulary.size)
     backbone, head = build_model(config, rows, device=device)

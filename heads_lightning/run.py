@@ -34,6 +34,7 @@ from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
 from heads_lightning.training.agreement import SameConfig, settled_precision
+from heads_lightning.training.averaging import WeightAverage
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
@@ -125,6 +126,8 @@ def _fit(
         warn=lambda message: console.print(message, style="yellow"),
     )
     callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
+    if config.optimizer.average_decay is not None:
+        callbacks.insert(1, WeightAverage(config.optimizer.average_decay))  # before what saves it
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()
@@ -207,8 +210,8 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
 
 
 def _trained(experiment: Experiment, step: int, path: Path) -> TrainedModel:
-    """The model that was trained; where this rank holds a share of it only, from its checkpoint."""
-    if experiment.config.trainer.is_sharded:
+    """The model that was trained; where this rank holds a share of it only, or an average beside it, from its checkpoint."""
+    if experiment.config.trainer.is_sharded or experiment.config.optimizer.average_decay is not None:
         return load(str(path))
     module = experiment.module
     return TrainedModel(experiment.config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), step, path)

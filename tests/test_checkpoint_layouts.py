@@ -35,7 +35,7 @@ def after_three(run_dir: Path) -> str:
 def runs(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process and of two ranks, unbroken and gone on from each other's third step."""
     folder = tmp_path_factory.mktemp("layouts")
-    exact = [*tiny, *SIX, *GRADIENT]
+    exact = [*tiny, *SIX, *GRADIENT, "optimizer.average_decay=0.5"]
     train(compose([*exact, FOLDERS]), folder / "one")
     train_ranks(
         {
@@ -78,6 +78,8 @@ def test_each_rank_draws_its_own_dropout_and_saves_how(runs: Path) -> None:
 @pytest.mark.parametrize("other", ["exact_fsdp", "full_fsdp", "one_to_fsdp", "fsdp_to_data", "fsdp_to_one"])
 def test_a_run_goes_on_in_another_layout_from_either_format(runs: Path, other: str) -> None:
     assert largest_difference(weights(runs / "one"), weights(runs / other)) < 1e-6
+    averages = [dict(read_checkpoint(newest_checkpoint(runs / name))["average"]) for name in ("one", other)]
+    assert largest_difference(*averages) < 1e-6
 
 
 @pytest.mark.distributed
@@ -86,7 +88,7 @@ def test_a_checkpoint_folder_of_two_ranks_holds_shares_and_loads_as_a_model(runs
     assert len(list(newest.glob("*.distcp"))) == 2
     model = load(str(newest))
     assert model.step == 6
-    saved = weights(runs / "exact_fsdp")
+    saved = read_checkpoint(newest)["average"]
     assert all(torch.equal(value, saved[f"backbone.{name}"]) for name, value in model.backbone.state_dict().items())
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from test_parallel import curve
 from test_training import largest_difference, weights
 
 from heads_lightning.batch import Batch
 from heads_lightning.composition import compose
 from heads_lightning.configs.optimizer import optimizers
 from heads_lightning.configs.schedule import schedules
-from heads_lightning.experiment import build
+from heads_lightning.experiment import build, load
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
 from heads_lightning.training.blocks import prepare_blocks
+from heads_lightning.training.checkpoints import checkpoint_path, newest_checkpoint, read_checkpoint
 from heads_lightning.training.optimizers import RMSScaledAdamW
 
 
@@ -65,7 +68,7 @@ def test_rms_scaled_adamw_is_adamw_at_the_rate_of_the_weights_own_size() -> None
 
 def groups(tiny: list[str], *overrides: str) -> dict[str, dict]:
     """The optimizer group of each parameter of a tiny model, by name."""
-    module = build(compose([*tiny, *overrides]), say=lambda line: None).module
+    module = build(compose([*tiny, *overrides])).module
     names = {id(p): name for name, p in module.named_parameters()}
     return {names[id(p)]: group for group in module.configure_optimizers().param_groups for p in group["params"]}
 
@@ -116,7 +119,7 @@ def test_blocks_that_are_run_again_keep_less_and_train_the_same_with_dropout(tin
     for every in (0, 2, 1):
         config = compose([*tiny, "backbone.dropout=0.1", f"trainer.recompute_every={every}"])
         train(config, tmp_path / str(every))
-        experiment = build(config, say=lambda line: None)
+        experiment = build(config)
         experiment.module.train()
         kept[every] = saved_bytes(experiment.module.backbone, next(iter(experiment.datamodule.train_dataloader()))[0])
     assert largest_difference(weights(tmp_path / "0"), weights(tmp_path / "1")) == 0.0
@@ -126,7 +129,7 @@ def test_blocks_that_are_run_again_keep_less_and_train_the_same_with_dropout(tin
 
 def test_preparing_changes_no_name(tiny: list[str]) -> None:
     config = compose([*tiny, "trainer.recompute_every=1", "trainer.compile=true", "trainer.compile_blocks=true"])
-    backbone = build(compose(tiny), say=lambda line: None).module.backbone
+    backbone = build(compose(tiny)).module.backbone
     before = list(backbone.state_dict())
     prepare_blocks(backbone, config.trainer)
     assert list(backbone.state_dict()) == before
@@ -140,3 +143,22 @@ def test_compiled_blocks_train_the_same(tiny: list[str], tmp_path: Path) -> None
     difference = largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "compiled"))
     assert 0 <= difference < 1e-6
     assert math.isfinite(difference)
+
+
+def test_the_average_is_that_of_the_weights_after_each_step_and_goes_on_after_a_break(tiny: list[str], tmp_path: Path) -> None:
+    saving = ["trainer.checkpoint_every_steps=1", "trainer.keep_checkpoints=9", "optimizer.learning_rate=1e-1"]
+    overrides = [*tiny, *saving, "optimizer.average_decay=0.5"]
+    train(compose(overrides), tmp_path / "run")
+    states = [read_checkpoint(checkpoint_path(tmp_path / "run", step)) for step in (1, 2, 3, 4)]
+    for before, after in itertools.pairwise(states):
+        expected = {name: 0.5 * value + 0.5 * after["state_dict"][name] for name, value in before["average"].items()}
+        assert largest_difference(expected, after["average"]) < 1e-7
+    assert largest_difference(dict(states[3]["average"]), {n: states[3]["state_dict"][n] for n in states[3]["average"]}) > 1e-3
+    resumed = [*overrides, f"resume={checkpoint_path(tmp_path / 'run', 2)}", "trainer.checkpoint_format=distributed"]
+    train(compose(resumed), tmp_path / "resumed")
+    assert largest_difference(dict(states[3]["average"]), dict(read_checkpoint(newest_checkpoint(tmp_path / "resumed"))["average"])) == 0.0
+    model = load(str(tmp_path / "run"))
+    assert torch.equal(model.backbone.embedding.weight, states[3]["average"]["backbone.embedding.weight"])
+    train(compose([*tiny, *saving]), tmp_path / "plain")
+    assert largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "run")) == 0.0  # an average changes nothing of training
+    assert curve(tmp_path / "plain", "val/loss") != curve(tmp_path / "run", "val/loss")

@@ -36,8 +36,13 @@ class OptimizerConfig(Option):
     no_decay: list[str] = field(default_factory=list)
     """Patterns of parameter names that are not decayed, beside those that never are."""
 
+    average_decay: float | None = None
+    """Decay per step of a running average of the weights, e.g. 0.999. The average is validated, evaluated, and what a checkpoint loads as;
+    training goes on from the weights themselves. None: no average."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(self.average_decay is None or 0 < self.average_decay < 1, "average_decay", "0 < decay < 1, or null")
         self.require(self.learning_rate > 0, "learning_rate", "more than 0")
         self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
         self.require(self.dynamics_rate > 0, "dynamics_rate", "more than 0")

@@ -57,7 +57,7 @@ def joined(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton
 
 
-SPLIT = ("state_dict", "optimizer_states")
+SPLIT = ("state_dict", "optimizer_states", "average")
 """Entries of a checkpoint whose tensors every rank writes a share of; the rest is small and the first rank's."""
 
 
@@ -103,7 +103,7 @@ class FolderWriter:
             self._group = dist.new_group(backend="gloo")  # its own: the writing thread must not mix with training's messages
         self._first = not dist.is_initialized() or dist.get_rank() == 0
         temporary = path.with_name(f".{path.name}.tmp")
-        skeletons, tensors = split({name: checkpoint[name] for name in SPLIT})
+        skeletons, tensors = split({name: checkpoint[name] for name in SPLIT if name in checkpoint})
         if self._first:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)

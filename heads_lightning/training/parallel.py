@@ -73,13 +73,13 @@ class ShardedStrategy(ModelParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return {name: self._kept(value) for name, value in self.lightning_module.state_dict().items()}
+        return {name: self.kept(value) for name, value in self.lightning_module.state_dict().items()}
 
     @override
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        return mapped(getattr(optimizer, "optimizer", optimizer).state_dict(), self._kept)
+        return mapped(getattr(optimizer, "optimizer", optimizer).state_dict(), self.kept)
 
-    def _kept(self, value: Tensor) -> Tensor:
+    def kept(self, value: Tensor) -> Tensor:
         """The whole tensor on the CPU of the first rank; the other ranks only take part in gathering it. Distributed: the share."""
         if self.config.checkpoint_format == CheckpointFormat.distributed:
             return value
@@ -104,6 +104,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """Parameters and buffers by the name of their tensor in a checkpoint, and by the name of their entry in the optimizer's state."""
         assert self.lightning_module is not None
         places = {f"state_dict.{name}": value for name, value in self.lightning_module.state_dict().items()}
+        places |= {f"average.{name}": value for name, value in self.lightning_module.named_parameters()}
         for i, optimizer in enumerate(self.optimizers):
             several = hasattr(optimizer, "parts")
             for j, part in enumerate(getattr(optimizer, "parts", [optimizer])):
