@@ -42,7 +42,9 @@ class WeightAverage(Callback):
             self._averages[name].copy_(like(value, self._averages[name]))
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *others: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """One step of the average."""
         weights = dict(pl_module.named_parameters())
         for name, average in self._averages.items():
