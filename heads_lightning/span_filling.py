@@ -16,6 +16,7 @@ from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import HiddenLine, bits_per_byte, clip_context
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
+from heads_lightning.objectives.ul2 import mode_tokens
 from heads_lightning.registry import ConfigError
 
 ROWS = 16
@@ -41,12 +42,22 @@ def source(model: TrainedModel, question: HiddenLine, *, with_suffix: bool, room
     """int64 ids that the encoder reads; at most `room` of them are text (as many as training sequences hold, when left out)."""
     vocabulary, encode = model.tokenizer.vocabulary, model.tokenizer.encode
     prefix, suffix = np.asarray(encode(question.prefix)), np.asarray(encode(question.suffix if with_suffix else ""))
-    if question.begins_document:
+    opening = _mode(model)
+    if question.begins_document and not opening:  # a mode token stands in the marker's place
         prefix = np.concatenate([[vocabulary.end_of_document], prefix])
-    room = model.config.data.sequence_length - MARKERS if room is None else room
+    room = (model.config.data.sequence_length - MARKERS if room is None else room) - len(opening)
     prefix, suffix = clip_context(prefix, suffix, room=room)
     end = [vocabulary.end_of_document] if getattr(model.config.objective, "encoder_end", True) else []
-    return np.concatenate([prefix, vocabulary.sentinels[:1], suffix, end]).astype(np.int64)
+    return np.concatenate([opening, prefix, vocabulary.sentinels[:1], suffix, end]).astype(np.int64)
+
+
+def _mode(model: TrainedModel) -> list[int]:
+    """The mode token of a hole in a text: UL2's regular denoising (of extreme denoising, where that was not trained)."""
+    objective = model.config.objective
+    if not isinstance(objective, UL2Config):
+        return []
+    modes = mode_tokens(objective, model.tokenizer.vocabulary)
+    return [modes["r" if objective.r_weight > 0 else "x"]] if modes else []
 
 
 def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suffix: bool) -> float:

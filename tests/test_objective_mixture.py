@@ -64,6 +64,26 @@ def test_ul2_has_seven_denoisers():
     assert len(UL2Config(x_weight=0).build(vocabulary()).parts) == 3
 
 
+@pytest.mark.parametrize("form", ["decoder_only", "encoder_decoder"])
+def test_mode_tokens_of_ul2_open_what_is_read_and_tell_its_kind(form):
+    v = vocabulary()
+    mixture = UL2Config(mode_tokens=True, form=form).build(v)
+    _, examples = make(mixture, 128, range(num_windows(mixture, 128)))
+    kinds = [name[0] for name in mixture.parts]
+    modes = dict(zip("rsx", v.sentinels[-3:], strict=True))
+    encodes = examples.encoder_tokens_BT is not None
+    assert encodes == (form == "encoder_decoder")
+    tokens = examples.encoder_tokens_BT if encodes else examples.tokens_BS
+    segments = examples.encoder_segments_BT if encodes else examples.segments_BS
+    opens = (np.diff(segments, axis=1, prepend=-1) != 0) & (segments >= 0)
+    for row, part in enumerate(examples.part_BS.max(axis=1)):
+        wanted = modes[kinds[part]]
+        # a piece that goes on from the window before, in the middle of a row, does not exist: every piece opens with its mode
+        assert set(tokens[row][opens[row]]) == {wanted}, (row, kinds[part])
+        assert np.isin(tokens[row], list(modes.values())).sum() == opens[row].sum(), "a mode token stands nowhere else"
+    assert not np.isin(examples.labels_BS, list(modes.values())).any()
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [

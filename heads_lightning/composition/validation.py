@@ -123,8 +123,8 @@ def _vocabulary(config: ExperimentConfig) -> Iterator[str]:
     modes = getattr(config.objective, "num_modes", 0)
     if modes > config.tokenizer.num_sentinels:
         yield (
-            f"objective.parts wants {modes} mode tokens, which are made of sentinels, and there are {config.tokenizer.num_sentinels}; "
-            f"use tokenizer.num_sentinels={modes} or more"
+            f"objective={config.objective.name} wants {modes} mode tokens, which are made of sentinels, "
+            f"and there are {config.tokenizer.num_sentinels}; use tokenizer.num_sentinels={modes} or more"
         )
     if config.data.tokenized and config.tokenizer.trained:
         yield (

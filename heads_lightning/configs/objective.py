@@ -321,6 +321,13 @@ class UL2Config(InputTargetConfig):
     """Weight of extreme denoising: half of the tokens, or long spans."""
     edges: SpanEdges = SpanEdges.uniform
     """How often the tokens at a window's edges are hidden. With `seqio` a long span at 15 % is nearly always the end of the window."""
+    mode_tokens: bool = False
+    """Open each piece with a token that tells its kind of denoising, as published: the last three of the tokenizer's sentinels."""
+
+    @property
+    def num_modes(self) -> int:
+        """Mode tokens that it takes from the sentinels."""
+        return 3 * self.mode_tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,11 +52,6 @@ class MixtureConfig(ObjectiveConfig):
         if len(kinds) > 1:
             each = ", ".join(f"{part} {config.attention}" for part, config in configs.items())
             raise ConfigError(f"objective.parts cannot be mixed in one batch, their attention differs: {each}; leave one kind out")
-        modes = [part for part in configs if self.parts[part].get("mode", False)]
-        if modes and Attention.encoder_decoder in kinds:
-            raise ConfigError(
-                f"objective.parts.{modes[0]}.mode=true opens pieces of one sequence; an encoder-decoder has two, leave it out"
-            )
         # of this mixture, not of the class: what validation compares with the backbone
         self.attention = kinds.pop()  # pyright: ignore[reportAttributeAccessIssue]
         self.special_tokens = tuple(  # pyright: ignore[reportAttributeAccessIssue]

@@ -113,38 +113,46 @@ class Mixture(Objective):
             out.counts_B[rows] = (made.labels_BS != IGNORE).sum(axis=1)
 
 
+class _Opened:
+    """Where the positions of rows go when a token opens every piece: one longer, or in the place of the marker that is there."""
+
+    def __init__(self, tokens_BS: np.ndarray, segments_BS: np.ndarray, mode: int, vocabulary: Vocabulary) -> None:
+        width = tokens_BS.shape[1]
+        marked_B = tokens_BS[:, 0] == vocabulary.end_of_document
+        source_BS = np.arange(width + 1) - ~marked_B[:, None]  # which position each comes from: -1 the new first
+        self._added_BS = (source_BS < 0) | (source_BS >= width)
+        self._source_BS = np.clip(source_BS, 0, width - 1)
+        self._front_BS = self._added_BS & ~marked_B[:, None]
+        self.segments_BS = self.moved(segments_BS, 0, PADDING)
+        self.segments_BS[:, 0] = segments_BS[:, 0]  # the new first position belongs to the piece that it opens
+        self.tokens_BS = self.moved(tokens_BS, mode, vocabulary.padding)
+        opens_BS = np.diff(self.segments_BS, axis=1, prepend=PADDING) > 0
+        self.tokens_BS[opens_BS & (self.tokens_BS == vocabulary.end_of_document)] = mode
+
+    def moved(self, array_BS: np.ndarray, front: int, back: int) -> np.ndarray:
+        """Another array of the rows, with what stands at a new first and at a new last position."""
+        taken_BS = np.take_along_axis(array_BS, self._source_BS, axis=1)
+        taken_BS[self._added_BS] = back
+        taken_BS[self._front_BS] = front
+        return taken_BS
+
+
 def open_with(made: Examples, mode: int, vocabulary: Vocabulary) -> Examples:
-    """Examples one position longer, in which `mode` opens every piece.
+    """Examples one position longer, in which `mode` opens every piece; of an encoder-decoder, every piece of the encoder's input.
 
     A row that begins with an end-of-document marker has the place for the token already: its extra position is padding, at the end.
     """
-    marked_B = made.tokens_BS[:, 0] == vocabulary.end_of_document
-    source_BS = np.arange(made.tokens_BS.shape[1] + 1) - ~marked_B[:, None]  # which position each comes from: -1 the new first
-    added_BS = (source_BS < 0) | (source_BS >= made.tokens_BS.shape[1])
-    source_BS = np.clip(source_BS, 0, made.tokens_BS.shape[1] - 1)
-    front_BS = added_BS & ~marked_B[:, None]
-
-    def moved(array_BS: np.ndarray | None, front: int, back: int) -> np.ndarray | None:
-        if array_BS is None:
-            return None
-        taken_BS = np.take_along_axis(array_BS, source_BS, axis=1)
-        taken_BS[added_BS] = back
-        taken_BS[front_BS] = front
-        return taken_BS
-
-    segments_BS = moved(made.segments_BS, 0, PADDING)
-    tokens_BS = moved(made.tokens_BS, mode, vocabulary.padding)
-    assert segments_BS is not None
-    assert tokens_BS is not None
-    opens_BS = np.diff(segments_BS, axis=1, prepend=-1) > 0
-    tokens_BS[opens_BS & (tokens_BS == vocabulary.end_of_document)] = mode
-    labels_BS = moved(made.labels_BS, IGNORE, IGNORE)
-    assert labels_BS is not None
+    if made.encoder_tokens_BT is not None:
+        assert made.encoder_segments_BT is not None
+        encoder = _Opened(made.encoder_tokens_BT, made.encoder_segments_BT, mode, vocabulary)
+        return made._replace(encoder_tokens_BT=encoder.tokens_BS, encoder_segments_BT=encoder.segments_BS)
+    segments_BS = np.zeros(made.tokens_BS.shape, np.int32) if made.segments_BS is None else made.segments_BS
+    opened = _Opened(made.tokens_BS, segments_BS, mode, vocabulary)
+    fronts = {"weights_BS": (0, 0), "prefix_BS": (1, 0), "part_BS": (0, 0)}
+    others = {name: opened.moved(array, *fronts[name]) for name in fronts if (array := getattr(made, name)) is not None}
     return made._replace(
-        tokens_BS=tokens_BS,
-        labels_BS=labels_BS,
-        segments_BS=segments_BS,
-        weights_BS=moved(made.weights_BS, 0, 0),
-        prefix_BS=moved(made.prefix_BS, 1, 0),
-        part_BS=moved(made.part_BS, 0, 0),
+        tokens_BS=opened.tokens_BS,
+        segments_BS=opened.segments_BS,
+        labels_BS=opened.moved(made.labels_BS, IGNORE, IGNORE),
+        **others,
     )
