@@ -50,7 +50,8 @@ class ScheduleConfig(Option):
         warmup = self.warmup(total_steps)
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return self.after_warmup((step - warmup) / max(total_steps - warmup, 1), steps=(step + 1) / max(warmup, 1))
+        since = step - warmup
+        return self.after_warmup(since / max(total_steps - warmup, 1), steps=1 + since / max(warmup, 1))
 
     def after_warmup(self, progress: float, *, steps: float) -> float:
         """Factor at `progress` (0 to 1) of the part after the warm-up; `steps` of the run so far, in lengths of the warm-up."""
