@@ -26,7 +26,8 @@ from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.checkpoints import KEY, is_weights_folder, newest_checkpoint, read_checkpoint
+from heads_lightning.training.blocks import prepare_blocks
+from heads_lightning.training.checkpoints import KEY, is_checkpoint, is_weights_folder, newest_checkpoint, read_checkpoint
 
 
 @dataclass
@@ -109,15 +110,15 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
         shares=config.data.shares(),
     )
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size, say=say)
+    prepare_blocks(backbone, config.trainer)
     module = LanguageModule(
         backbone,
         head,
         optimizer=config.optimizer,
-        schedule=config.schedule,
+        schedule=config.schedule.in_steps(config.trainer.global_batch_size * config.data.sequence_length),
         total_steps=config.trainer.steps(config.data.sequence_length),
         parts=objective.parts,
         max_bad_steps=config.trainer.max_bad_steps,
-        compile=config.trainer.compile,
     )
     return Experiment(config, prepared, objective, datamodule, module)
 
@@ -128,7 +129,7 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
 def find_checkpoint(reference: str, run_root: str = "runs") -> Path:
     """The checkpoint that `reference` names: a run folder (its newest), a checkpoint file, or an MLflow run id."""
     path = Path(reference).expanduser()
-    if path.is_file() or is_weights_folder(path):
+    if is_checkpoint(path) or is_weights_folder(path):
         return path
     if path.is_dir():
         return newest_checkpoint(path)
@@ -166,7 +167,7 @@ def load(reference: str, *, run_root: str = "runs", device: torch.device | str =
     checkpoint = read_checkpoint(path)
     config = from_yaml(checkpoint[KEY]["config"])
     tokenizer = tokenizer_from(checkpoint[KEY]["tokenizer"])
-    weights = checkpoint["state_dict"]
+    weights = checkpoint["state_dict"] | checkpoint.get("average", {})
     # a converted model may have more rows than the tokenizer has tokens
     rows = checkpoint[KEY].get("vocab_size", tokenizer.vocabulary.size)
     backbone, head = build_model(config, rows, device=device)

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import IGNORE, Batch
@@ -41,7 +42,6 @@ class LanguageModule(lightning.LightningModule):
         total_steps: optimizer steps of the whole run.
         parts: names of the objective's loss components; validation reports each.
         max_bad_steps: steps in a row that may have a gradient that is not finite before the run stops.
-        compile: torch.compile the backbone's forward.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class LanguageModule(lightning.LightningModule):
         total_steps: int,
         parts: Sequence[str] = (),
         max_bad_steps: int = 5,
-        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -72,14 +71,22 @@ class LanguageModule(lightning.LightningModule):
         self._validation = Totals()
         self.statistics: list[float] = []
         """Of the head, summed over the latest validation (HeadLoss.statistics)."""
-        if compile:
-            self.backbone.compile()
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; its groups keep their peak rate as `peak_lr`."""
         return build_optimizer(self.optimizer_config, self.backbone, self.head)
+
+    def configure_model(self) -> None:
+        """Lay the weights out as the strategy says; called by Lightning when the processes exist, before the optimizer is made."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            strategy.shard(self, self.backbone.blocks_in_order)  # pyright: ignore[reportAttributeAccessIssue] training.parallel
+
+    def score(self, batch: Batch, *, divisor: float | None) -> HeadLoss:
+        """The loss of a micro-batch (Head.loss): the one way in which a step reads the weights."""
+        return self.head.loss(self.backbone(batch), batch, divisor=divisor)
 
     def training_step(self, step: list[Batch], batch_idx: int) -> None:
         """One optimizer step over this rank's micro-batches."""
@@ -92,7 +99,7 @@ class LanguageModule(lightning.LightningModule):
         divisor = max(targets, 1) / self.trainer.world_size
         for i, batch in enumerate(step):
             with self._gradients_stay_local(i + 1 < len(step)):
-                output = self.head.loss(self.backbone(batch), batch, divisor=divisor)
+                output = self.score(batch, divisor=divisor)
                 self.manual_backward(output.loss)
             self.totals.add(output, batch)
         norm = self._clip(optimizer)
@@ -125,6 +132,8 @@ class LanguageModule(lightning.LightningModule):
             scaler.unscale_(optimizer.optimizer)
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()  # each rank knows the norm of its own shards
         limit = self.optimizer_config.max_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), limit, norm)
@@ -149,7 +158,7 @@ class LanguageModule(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a micro-batch of held-out examples."""
-        self._validation.add_tokens(self.head.loss(self.backbone(batch), batch, divisor=None), batch)
+        self._validation.add_tokens(self.score(batch, divisor=None), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Sums of all ranks, divided once."""

@@ -28,7 +28,7 @@ from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
-from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, tokenizer_files
+from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, load, tokenizer_files
 from heads_lightning.heads.value import ValueHead
 from heads_lightning.html_report import write_report
 from heads_lightning.losses.value import ValueStatistics
@@ -36,9 +36,11 @@ from heads_lightning.registry import ConfigError
 from heads_lightning.scoring import evaluate
 from heads_lightning.summary import summary_text
 from heads_lightning.training.agreement import SameConfig, settled_precision
-from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
+from heads_lightning.training.averaging import WeightAverage
+from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
+from heads_lightning.training.saving import CheckpointCallback
 from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
 from heads_lightning.training.trainer import build_trainer
 
@@ -120,12 +122,14 @@ def _fit(
     )
     checkpoints = CheckpointCallback(
         run_dir,
-        every_steps=config.trainer.checkpoint_every_steps,
-        keep=config.trainer.keep_checkpoints,
+        config.trainer,
+        seed=config.seed,
         record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
         warn=lambda message: console.print(message, style="yellow"),
     )
     callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
+    if config.optimizer.average_decay is not None:
+        callbacks.insert(1, WeightAverage(config.optimizer.average_decay))  # before what saves it
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()
@@ -207,6 +211,14 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
     )
 
 
+def _trained(experiment: Experiment, step: int, path: Path) -> TrainedModel:
+    """The model that was trained; where this rank holds a share of it only, or an average beside it, from its checkpoint."""
+    if experiment.config.trainer.is_sharded or experiment.config.optimizer.average_decay is not None:
+        return load(str(path))
+    module = experiment.module
+    return TrainedModel(experiment.config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), step, path)
+
+
 def _conclude(
     experiment: Experiment,
     run_dir: Path,
@@ -224,9 +236,7 @@ def _conclude(
     if not trainer.is_global_zero:
         return result
     if config.evaluation.enabled:
-        module = experiment.module
-        model = TrainedModel(config, experiment.prepared.tokenizer, module.backbone.eval(), module.head.eval(), trainer.global_step, path)
-        outcome = evaluate(model, experiment.prepared)
+        outcome = evaluate(_trained(experiment, trainer.global_step, path), experiment.prepared)
         result.report, samples = outcome.report, outcome.samples
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))

@@ -269,7 +269,8 @@ def test_validation_is_the_same_for_every_seed_and_split(prepared, world_size):
     loaders = [module(prepared, seed=99, micro_batch_size=2, rank=r, world_size=world_size).val_dataloader() for r in range(world_size)]
     parts = [list(loader) for loader in loaders]
     assert [len(p) for p in parts] == [len(loader) for loader in loaders]
-    for a, b in zip(reference, rows([b for p in parts for b in p]), strict=True):
+    assert len({len(loader) for loader in loaders}) == 1  # a sharded strategy would wait for the rank that has more
+    for a, b in zip(reference, rows([b for p in parts for b in p if b.num_targets]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert all(b.step_targets == b.num_targets for p in parts for b in p)
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 RANKS = """
 import json, os
 from pathlib import Path
-from heads_lightning.training.callbacks import CheckpointCallback
+from heads_lightning.training.saving import CheckpointCallback
 
 original = CheckpointCallback.on_train_start
 

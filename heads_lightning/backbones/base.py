@@ -41,6 +41,13 @@ class Backbone(nn.Module, ABC):
         prefix). Rows of unequal length are padded on the left with segment -1; later batches may leave segments_BS out.
         """
 
+    @property
+    def blocks_in_order(self) -> list[nn.Module]:
+        """The repeated parts, members of the outermost lists of modules: the unit of sharding, recomputation and compilation."""
+        lists = {name: module for name, module in self.named_modules() if isinstance(module, nn.ModuleList)}
+        outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+        return [block for name in outermost for block in lists[name]]
+
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise every parameter and buffer in place: also after building on meta and to_empty."""

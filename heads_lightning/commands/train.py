@@ -18,7 +18,7 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
             set_aside(run_dir)
         config = continued(config, run_dir)
     from heads_lightning.run import train
-    from heads_lightning.training.callbacks import Interrupted
+    from heads_lightning.training.saving import Interrupted
 
     try:
         return train(config, run_dir).metrics.get("val/loss")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from heads_lightning.configs.base import Option
-from heads_lightning.registry import Registry
+from heads_lightning.registry import ConfigError, Registry
 
 
 @dataclass
@@ -19,20 +19,42 @@ class ScheduleConfig(Option):
     name: str = ""
     warmup_fraction: float = 0.02
     """Share of the run's steps over which the rate rises linearly from 0."""
+    warmup_steps: int | None = None
+    """The same in optimizer steps, in place of warmup_fraction."""
+    warmup_tokens: int | None = None
+    """The same in positions (global batch size times sequence length a step), in place of warmup_fraction."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(0 <= self.warmup_fraction <= 1, "warmup_fraction", "0 to 1")
+        self.require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", "0 or more, or null")
+        self.require(self.warmup_tokens is None or self.warmup_tokens >= 0, "warmup_tokens", "0 or more, or null")
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            raise ConfigError(
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.warmup_tokens={self.warmup_tokens} say the same thing twice; "
+                f"use schedule.warmup_tokens=null or schedule.warmup_steps=null"
+            )
+
+    def in_steps(self, tokens_per_step: int) -> Self:
+        """The same schedule with its warm-up in steps, rounded up."""
+        if self.warmup_tokens is None:
+            return self
+        return replace(self, warmup_steps=-(-self.warmup_tokens // tokens_per_step), warmup_tokens=None)
+
+    def warmup(self, total_steps: int) -> float:
+        """Steps of the warm-up of a run (after in_steps)."""
+        return self.warmup_fraction * total_steps if self.warmup_steps is None else min(self.warmup_steps, total_steps)
 
     def factor(self, step: int, total_steps: int) -> float:
         """Factor of the peak rate for the update number `step` (0 is the first) of `total_steps`."""
-        warmup = self.warmup_fraction * total_steps
+        warmup = self.warmup(total_steps)
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        return self.after_warmup((step - warmup) / max(total_steps - warmup, 1))
+        since = step - warmup
+        return self.after_warmup(since / max(total_steps - warmup, 1), steps=1 + since / max(warmup, 1))
 
-    def after_warmup(self, progress: float) -> float:
-        """Factor at `progress` (0 to 1) of the part after the warm-up."""
+    def after_warmup(self, progress: float, *, steps: float) -> float:
+        """Factor at `progress` (0 to 1) of the part after the warm-up; `steps` of the run so far, in lengths of the warm-up."""
         raise NotImplementedError  # abstract
 
 
@@ -46,7 +68,7 @@ class ConstantConfig(ScheduleConfig):
 
     name: str = "constant"
 
-    def after_warmup(self, progress: float) -> float:
+    def after_warmup(self, progress: float, *, steps: float) -> float:
         return 1.0
 
 
@@ -59,7 +81,7 @@ class CosineConfig(ScheduleConfig):
     final_fraction: float = 0.1
     """Factor at the end."""
 
-    def after_warmup(self, progress: float) -> float:
+    def after_warmup(self, progress: float, *, steps: float) -> float:
         return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
@@ -74,6 +96,31 @@ class WSDConfig(ScheduleConfig):
     final_fraction: float = 0.0
     """Factor at the end."""
 
-    def after_warmup(self, progress: float) -> float:
+    def after_warmup(self, progress: float, *, steps: float) -> float:
         left = min(max(1 - progress, 0.0) / max(self.decay_fraction, 1e-9), 1.0)
         return self.final_fraction + (1 - self.final_fraction) * left
+
+
+@schedules.register("linear")
+@dataclass
+class LinearConfig(ScheduleConfig):
+    """Warm-up, then a straight line down to a fraction of the peak."""
+
+    name: str = "linear"
+    final_fraction: float = 0.0
+    """Factor at the end."""
+
+    def after_warmup(self, progress: float, *, steps: float) -> float:
+        return 1 + (self.final_fraction - 1) * min(progress, 1.0)
+
+
+@schedules.register("inverse_square_root")
+@dataclass
+class InverseSquareRootConfig(ScheduleConfig):
+    """Warm-up, then one over the root of the step (arXiv 1706.03762, section 5.3): it does not know the length of the run, which may be
+    trained further at any time. Without a warm-up it falls from the first step on."""
+
+    name: str = "inverse_square_root"
+
+    def after_warmup(self, progress: float, *, steps: float) -> float:
+        return min(1.0, steps**-0.5)

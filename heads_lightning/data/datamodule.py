@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import ceil
 from typing import Any, NamedTuple
 
 import lightning
+import numpy as np
 import torch
 
-from heads_lightning.batch import Batch
+from heads_lightning.batch import IGNORE, Batch, Examples
 from heads_lightning.configs.data import Share
 from heads_lightning.data.mixing import MixedStream
 from heads_lightning.data.scored import PreparedRecords, ScoredSplit, ScoredStream
@@ -129,7 +131,10 @@ class TrainLoader:
 
 
 class ValidationLoader:
-    """The same samples at every pass: this rank's share of the first ones of a fixed order. Ranks may differ by one sequence.
+    """The same samples at every pass: this rank's share of the first ones of a fixed order.
+
+    Ranks may differ by one sequence but not in the number of batches, which sharded strategies need: one whose share is used up repeats a
+    sequence without its targets.
 
     Args:
         stream: the samples.
@@ -143,14 +148,24 @@ class ValidationLoader:
     def __init__(self, stream: Stream, objective: Objective, *, sequences: int, micro_batch_size: int, rank: int, world_size: int) -> None:
         self._stream, self._attention, self._micro_batch_size = stream, objective.attention, micro_batch_size
         self._start, self._stop = sequences * rank // world_size, sequences * (rank + 1) // world_size
+        self._batches = ceil(ceil(sequences / world_size) / micro_batch_size)
 
     def __len__(self) -> int:
-        return -(-(self._stop - self._start) // self._micro_batch_size)
+        return self._batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(self._start, self._stop, self._micro_batch_size):
+        for i in range(self._batches):
+            start = self._start + i * self._micro_batch_size
             count = min(self._micro_batch_size, self._stop - start)
-            yield Batch.from_examples(self._stream.examples(start, count), self._attention)
+            examples = self._stream.examples(start, count) if count > 0 else without_targets(self._stream.examples(0, 1))
+            yield Batch.from_examples(examples, self._attention)
+
+
+def without_targets(examples: Examples) -> Examples:
+    """The same examples with nothing to predict."""
+    labels_BS = np.full_like(examples.labels_BS, IGNORE)
+    counts_B = None if examples.counts_B is None else np.zeros_like(examples.counts_B)
+    return examples._replace(labels_BS=labels_BS, counts_B=counts_B)
 
 
 class TokenDataModule(lightning.LightningDataModule):

@@ -52,14 +52,17 @@ class SameConfig(Callback):
         """
         if trainer.world_size == 1 or stage != "fit":
             return
-        hashes = _gathered(hashlib.sha256("\n".join(self._lines).encode()).hexdigest(), trainer.world_size)
+        hashes = gathered(hashlib.sha256("\n".join(self._lines).encode()).hexdigest(), trainer.world_size)
         if len(set(hashes)) > 1:
             other = next(rank for rank, found in enumerate(hashes) if found != hashes[0])
-            texts = _gathered(self._lines, trainer.world_size)
+            texts = gathered(self._lines, trainer.world_size)
             raise RunError(_difference(texts[0], texts[other], other))
 
 
-def _gathered(value: Any, world_size: int) -> list[Any]:
+def gathered(value: Any, world_size: int) -> list[Any]:
+    """The values of all ranks, by rank."""
+    if world_size == 1:
+        return [value]
     found: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(found, value)
     return found

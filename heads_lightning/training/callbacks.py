@@ -1,4 +1,4 @@
-"""What happens around optimizer steps: metrics, progress, checkpoints, stop signals. Each is one small callback.
+"""What happens around optimizer steps: metrics and progress. Each is one small callback. (Checkpoints and signals: saving.py.)
 
 Nothing here runs per step what it can run every `log_every_steps`: the module sums losses as tensors, and the host reads them only at a
 logged point.
@@ -6,11 +6,8 @@ logged point.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -20,27 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heads_lightning.module import LanguageModule
-from heads_lightning.registry import ConfigError
-from heads_lightning.training.checkpoints import (
-    KEY,
-    checkpoint_path,
-    random_state,
-    restore_random_state,
-    saved_checkpoints,
-)
-from heads_lightning.training.process import STOP_SIGNALS
-
-
-class Interrupted(SystemExit):
-    """Training was asked to stop by a signal; the step was finished and saved. Exits with 128 + the signal's number, as shells expect."""
-
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(128 + signal_number)
-        self.signal_number = signal_number
-        self.checkpoint = checkpoint
-
-    def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signal_number).name} after a whole step; saved {self.checkpoint}"
 
 
 class MetricsCallback(Callback):
@@ -212,95 +188,3 @@ class ProgressCallback(Callback):
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Close the bar."""
         self.close()
-
-
-class CheckpointCallback(Callback):
-    """Saves every n steps, at the end, and when a signal asks to stop; keeps the newest few.
-
-    A disk that is full while saving costs a warning, not the run: the checkpoint before stays, and the next interval tries again.
-    """
-
-    def __init__(self, run_dir: Path, *, every_steps: int, keep: int, record: dict[str, Any], warn: Callable[[str], None]) -> None:
-        self.run_dir = run_dir
-        self.every_steps = every_steps
-        self.keep = keep
-        self.record = record
-        self.warn = warn
-        self.saved_step = -1
-        self._stop_signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not save."""
-        assert isinstance(pl_module, LanguageModule)
-        checkpoint[KEY] = {**self.record, "random_state": random_state(), "bad_steps": pl_module.bad_steps}
-        # what was the last step of this run need not be of the run that goes on from it
-        checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
-
-    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the random state: it is set when training starts, after everything else has drawn."""
-        assert isinstance(pl_module, LanguageModule)
-        self._random_state = checkpoint[KEY]["random_state"]
-        pl_module.bad_steps = checkpoint[KEY]["bad_steps"]
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take over the signals (after Lightning took them) and set the random state."""
-        state = getattr(self, "_random_state", None)
-        if state is not None:
-            restore_random_state(state)
-        for number in STOP_SIGNALS:
-            try:
-                self._previous[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # only the main thread may; elsewhere the owner of the main thread handles signals
-                break
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop_signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: at once
-        self._stop_signal = number
-
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save when due; stop when asked, at a step boundary that every rank agrees on."""
-        step = batch_idx + 1
-        stop = (
-            trainer.strategy.reduce_boolean_decision(self._stop_signal is not None, all=False)
-            if trainer.world_size > 1
-            else (self._stop_signal is not None)
-        )
-        # the last step too: after the epoch has ended, Lightning's counters would say that there is nothing to go on with
-        last = step == trainer.num_training_batches
-        if stop or last or step % self.every_steps == 0:
-            self.save(trainer, step)
-        if stop:
-            raise Interrupted(self._stop_signal or signal.SIGTERM, checkpoint_path(self.run_dir, step))
-
-    def save(self, trainer: lightning.Trainer, step: int) -> None:
-        """Write the checkpoint of `step` and drop those that are not kept."""
-        if step == self.saved_step:
-            return
-        path = checkpoint_path(self.run_dir, step)
-        try:
-            trainer.save_checkpoint(path)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            self.warn(f"could not save {path}: {error}; the checkpoint before it is kept, the next one is due in {self.every_steps} steps")
-            return
-        self.saved_step = step
-        if trainer.is_global_zero:
-            for old in saved_checkpoints(path.parent)[: -self.keep]:
-                old.unlink(missing_ok=True)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Nothing is left unsaved."""
-        step = int(trainer.num_training_batches)
-        if self.saved_step != step and trainer.global_step:
-            raise ConfigError(
-                f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and resume"
-            )
-
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}

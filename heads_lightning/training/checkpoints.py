@@ -1,16 +1,20 @@
 """Checkpoints that are whole or absent: written to a temporary name, synced to disk, renamed; read without unpickling code.
 
-A file holds Lightning's state (weights, optimizer, loop counters, position in the data) and, under `heads_lightning`, what wrote it: the
-resolved config, the versions, and the random state that dropout draws from.
+A checkpoint is a file, or a folder with the same entries (distributed_checkpoints.py). It holds Lightning's state (weights, optimizer,
+loop counters, position in the data) and, under `heads_lightning`, what wrote it: the resolved config, the versions, and the random
+state of each rank, which dropout draws from.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
@@ -36,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -45,7 +49,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path), map_location=map_location or "cpu")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
     # the rename itself must reach the disk; not every file system lets a folder be opened
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -61,10 +66,10 @@ def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint with weights_only=True, or a converted folder; what cannot be read is named, with what to use instead."""
     if is_weights_folder(path):
         return _read_weights_folder(path)
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"checkpoint {path} does not exist")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = _read(path, map_location)
     except Exception as error:
         others = [p for p in saved_checkpoints(path.parent) if p != path]
         instead = f"; use the one before it: {others[-1]}" if others else "; no other checkpoint lies beside it"
@@ -73,6 +78,24 @@ def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ConfigError(f"checkpoint {path} was not written by heads_lightning (it has no entry {KEY!r})")
     return checkpoint
+
+
+def _read(path: Path, map_location: Any) -> dict[str, Any]:
+    if path.is_dir():
+        from heads_lightning.training.distributed_checkpoints import read_folder
+
+        return read_folder(path)
+    return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """A file, or a folder named like a checkpoint."""
+    return path.is_file() or (path.is_dir() and _NAME.fullmatch(path.name) is not None)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps that a checkpoint was saved after."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def is_weights_folder(path: Path) -> bool:
@@ -113,9 +136,26 @@ def newest_checkpoint(run_dir: Path) -> Path:
     return saved[-1]
 
 
+def remove(path: Path) -> None:
+    """Delete a checkpoint, file or folder. A folder loses its name first: nothing named step-… is ever half a checkpoint."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    gone = path.with_name(f".{path.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def random_state() -> dict[str, Any]:
-    """The generators that dropout draws from, as tensors."""
-    state = {"cpu": torch.get_rng_state()}
+    """This rank's generators (Python's, numpy's, torch's), as tensors and plain values. Dropout draws from torch's."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (what a library may draw from)
+    version, words, next_gauss = random.getstate()
+    state = {
+        "cpu": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(words), next_gauss],
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -124,5 +164,9 @@ def random_state() -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any]) -> None:
     """Set what random_state gave."""
     torch.set_rng_state(state["cpu"].cpu())
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    version, words, next_gauss = state["python"]
+    random.setstate((version, tuple(words), next_gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())

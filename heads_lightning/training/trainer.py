@@ -48,6 +48,10 @@ def _product_seconds(*dtypes: torch.dtype, size: int = 512, repeats: int = 9) ->
 
 
 def _strategy(config: TrainerConfig) -> Any:
+    if config.is_sharded:
+        from heads_lightning.training.parallel import ShardedStrategy  # a second of imports that other runs do not need
+
+        return ShardedStrategy(config)
     if config.parallel == Parallel.data or config.world_size > 1:
         # every parameter takes part in every loss; searching for unused ones would walk the graph each step
         return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)

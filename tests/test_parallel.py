@@ -1,0 +1,123 @@
+"""Sharded training gives the weights and the losses of one process, whatever the objective, head and optimizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import OBJECTIVES, largest_difference, points, weights
+
+from heads_lightning.composition import compose
+from heads_lightning.configs.trainer import TrainerConfig
+from heads_lightning.registry import ConfigError
+from heads_lightning.run import train
+
+FSDP = ["trainer.parallel=fsdp", "trainer.devices=2", "trainer.micro_batch_size=3"]
+"""Two ranks, 4 sequences each in micro-batches of 3 and 1: unequal, with unequal numbers of targets."""
+GRADIENT = ["optimizer=adamw", "optimizer.learning_rate=1.0", "optimizer.eps=1.0", "optimizer.weight_decay=0", "schedule=constant"]
+"""An update that is the gradient to first order: weights equal to 1e-6 are gradients equal to 1e-6. (eps is far above them.)"""
+
+
+def train_ranks(cases: dict[Path, list[str]], *, ranks: int = 2) -> None:
+    """Train the cases in one job of several ranks."""
+    listed = next(iter(cases)).parent / f"cases{ranks}.json"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    listed.write_text(json.dumps({str(folder): overrides for folder, overrides in cases.items()}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = str(Path(__file__).with_name("parallel_ranks.py"))
+    done = subprocess.run([*torchrun, script, str(listed)], timeout=280, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def curve(run_dir: Path, name: str) -> list[float]:
+    return [p[name] for p in points(run_dir) if name in p]
+
+
+CLIPPED = ["optimizer.max_grad_norm=0.1", "data.validation_sequences=7", "trainer.max_steps=3"]
+"""The norm is above 0.1 all the time; 7 held-out sequences leave the ranks 3 and 4, one batch and two of 3."""
+MODELS = {
+    "fim_middle": [*OBJECTIVES["fim_middle"], *GRADIENT, *CLIPPED],
+    "mlm": [*OBJECTIVES["mlm"], *GRADIENT, *CLIPPED],
+    "tied": ["objective=fim", "objective.rate=0.5", "head.tie_embeddings=true", *GRADIENT, *CLIPPED],
+    "padded_t5": ["objective=span_corruption", "backbone=t5_tiny", "head=t5", "tokenizer.num_sentinels=20", *GRADIENT, *CLIPPED],
+    "bigs": ["objective=mlm", "head=mlm", "backbone=bigs_tiny", *GRADIENT, *CLIPPED],
+    "recomputed": ["objective=causal", "backbone=transformer", "trainer.recompute_every=1", *GRADIENT, *CLIPPED],
+    "adamw_rms": ["objective=causal", "optimizer=adamw_rms", "optimizer.eps=1.0", *CLIPPED],
+    "ngpt": ["objective=causal", "backbone=ngpt", "head=normalized", *GRADIENT, *CLIPPED],
+}
+MUON = ["objective=causal", "optimizer=muon", "optimizer.max_grad_norm=null", "trainer.max_steps=3", "trainer.micro_batch_size=4"]
+"""Muon orthogonalises in bf16, which makes rounding large: compared where the gradients are the same to the bit, with two DDP ranks."""
+
+
+def of(model: str, tiny: list[str]) -> list[str]:
+    fields = ["backbone.d_model", "backbone.num_layers", "backbone.num_heads"]
+    sized = model in ("padded_t5", "bigs")  # these presets have sizes of their own
+    return [o for o in tiny if not (sized and o.split("=")[0] in fields)] + MODELS[model]
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of two ranks, one for each model."""
+    folder = tmp_path_factory.mktemp("sharded")
+    cases = {folder / model: [*of(model, tiny), *FSDP] for model in MODELS}
+    for parallel in ("data", "fsdp"):
+        cases[folder / f"muon_{parallel}"] = [*tiny, *FSDP, *MUON, f"trainer.parallel={parallel}"]
+    cases[folder / "bfloat16"] = [*of("mlm", tiny), *FSDP, "trainer.gather_dtype=bfloat16", "trainer.reshard=false"]
+    train_ranks(cases)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("model", MODELS)
+def test_sharded_ranks_give_the_weights_of_one_process(tiny: list[str], tmp_path: Path, sharded: Path, model: str) -> None:
+    train(compose(of(model, tiny)), tmp_path / "one")
+    assert largest_difference(weights(tmp_path / "one"), weights(sharded / model)) < 1e-6
+    for name in ("train/loss", "train/grad_norm", "val/loss"):
+        assert curve(sharded / model, name) == pytest.approx(curve(tmp_path / "one", name), rel=1e-5)
+    assert min(curve(tmp_path / "one", "train/grad_norm")) > 0.1
+
+
+@pytest.mark.distributed
+def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path) -> None:
+    """To the last bit of bf16 (2^-8 of an update of 1e-2 or two, in each of 3 steps) where rounding tips one, which few matrices see."""
+    data, fsdp = weights(sharded / "muon_data"), weights(sharded / "muon_fsdp")
+    differences = sorted(float((data[name] - fsdp[name]).abs().max()) for name in data if data[name].ndim == 2)
+    assert differences[len(differences) // 2] < 1e-6
+    assert differences[-1] < 3 * 2e-2 * 2**-8
+
+
+@pytest.mark.distributed
+def test_weights_gathered_as_bfloat16_cost_rounding_alone(sharded: Path) -> None:
+    exact, rounded = (curve(sharded / name, "train/loss") for name in ("mlm", "bfloat16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.01)  # bf16 keeps 8 bits
+
+
+@pytest.mark.distributed
+def test_groups_that_share_copies_give_the_weights_of_one_process_and_are_evaluated(tiny: list[str], tmp_path: Path) -> None:
+    """Four ranks, two copies in halves; the first rank evaluates the whole model, of which it held a half."""
+    overrides = [*of("fim_middle", tiny), "trainer.max_steps=2"]
+    hsdp = ["trainer.parallel=hsdp", "trainer.devices=4", "trainer.shard_size=2", "evaluation.enabled=true"]
+    train(compose(overrides), tmp_path / "one")
+    train_ranks({tmp_path / "four": [*overrides, *hsdp]}, ranks=4)
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "four")) < 1e-6
+    assert curve(tmp_path / "four", "train/loss") == pytest.approx(curve(tmp_path / "one", "train/loss"), rel=1e-5)
+    assert (tmp_path / "four" / "evaluation.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"parallel": "fsdp"}, r"parallel=fsdp needs several devices, not 1; use trainer\.devices=2 or trainer\.parallel=auto"),
+        ({"parallel": "hsdp", "devices": 4, "shard_size": 3}, r"groups of 3 of 4 devices.*use trainer\.shard_size=2"),
+        ({"parallel": "hsdp", "devices": 2}, r"groups of 2 of 2 devices.*use trainer\.parallel=fsdp"),
+        ({"parallel": "fsdp", "devices": 2, "shard_size": 2}, r"shard_size=2 belongs to trainer\.parallel=hsdp"),
+        ({"parallel": "fsdp", "devices": 2, "precision": "16-mixed"}, r"use trainer\.precision=bf16-mixed"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused(fields: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainerConfig(max_steps=1, **fields)
