@@ -52,26 +52,30 @@ def _spread(values: list[float]) -> str:
 
 
 def picture(path: Path, cells: list[dict[str, object]], by: str, measures: list[str]) -> None:
-    """One panel a measure: a dot a cell, a line through the means."""
+    """One panel a measure: a dot a cell, a line through the means where the key is a number; names stand at the left."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(str(cell["cell"][by]) for cell in cells))  # pyright: ignore[reportIndexIssue]
-    figure, panels = pyplot.subplots(1, len(measures), figsize=(3.6 * len(measures), 3.2), squeeze=False)
+    numeric = all(name.replace(".", "", 1).isdigit() for name in names)
+    figure, panels = pyplot.subplots(
+        1, len(measures), figsize=(2.6 * len(measures) + 1, 0.35 * len(names) + 1.2), squeeze=False, sharey=True
+    )
     for axes, measure in zip(panels[0], measures, strict=True):
         means = []
-        for x, name in enumerate(names):
+        for y, name in enumerate(names):
             values = [c["values"].get(measure) for c in cells if str(c["cell"][by]) == name]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
             values = [value for value in values if value is not None]
-            axes.plot([x] * len(values), values, "o", color="tab:blue", markersize=4, alpha=0.6)
+            axes.plot(values, [y] * len(values), "o", color="tab:blue", markersize=4, alpha=0.6)
             means.append(statistics.mean(values) if values else float("nan"))
-        axes.plot(range(len(names)), means, "-", color="tab:blue", linewidth=1)
-        axes.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 5 else 0)
-        axes.set(title=measure.split("/")[-1].replace("_", " "), xlabel=by)
-        axes.title.set_fontsize(9)
+        axes.plot(means, range(len(names)), "-" if numeric else "|", color="tab:blue", linewidth=1)
+        axes.set_title(measure.split("/")[-1].replace("_", " "), fontsize=9)
         axes.grid(alpha=0.3)
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
+    panels[0][0].set_ylabel(by)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
