@@ -103,13 +103,15 @@ def _spread(values: list[float]) -> str:
 
 
 def picture(path: Path, results: Results) -> None:
-    """A panel a measure, a dot a run. One key: its values at the left. Two: curves over the second, which is a number, one for each first."""
+    """A panel for each measure that two rows have, a dot a run. One key: its values at the left. Two: a curve for each value of the first over
+    the second, which is a number."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [(name, head) for name, head in zip(results.measures, results.heads(), strict=True)]
+    compared = [name for name in results.measures if sum(any(name in c.values for c in cells) for cells in results.rows().values()) > 1]
+    panels = [(name, head) for name, head in zip(results.measures, results.heads(), strict=True) if name in compared]
     curves = len(results.by) > 1
     height = 3.2 if curves else 0.35 * len(results.rows()) + 1.4
     figure, axes_P = pyplot.subplots(
@@ -127,7 +129,7 @@ def picture(path: Path, results: Results) -> None:
     else:
         first.set_yticks(range(len(results.rows())), [key[0] for key in results.rows()])
         first.set_ylabel(results.by[0])
-        first.invert_yaxis()
+        first.set_ylim(len(results.rows()) - 0.5, -0.5)
         figure.supxlabel("bits per byte", fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -151,6 +153,7 @@ def _dots(axes: Axes, results: Results, measure: str) -> None:
     numeric = not any(math.isnan(_number(key[0])) for key in results.rows())
     axes.plot(means, range(len(means)), "-" if numeric else "|", color="tab:blue", linewidth=1, markersize=10)
     axes.margins(x=0.15)
+    axes.locator_params(axis="x", nbins=4)
 
 
 def _curves(axes: Axes, results: Results, measure: str) -> None:
