@@ -50,19 +50,23 @@ def test_a_table_is_what_the_results_say(study: Path, tabulate: ModuleType) -> N
         assert (study / name).is_file()
 
 
+def _composed(words: list[str]) -> list[list[str]]:
+    """The cells of a study's command: every choice of an option, the first of a list of numbers."""
+    overrides = [word for word in words if "=" in word and not word.startswith(("sweep.", "hydra"))]
+    overrides = [re.sub(r"=BEST,.*|=([\d.]+),[\d.,]+$", lambda found: f"={found[1] or 0.001}", word) for word in overrides]
+    varied = {word.split("=")[0] for word in overrides if "," in word}
+    zipped = [word.removeprefix("sweep.zip=[").removesuffix("]").split("+") for word in words if word.startswith("sweep.zip=")]
+    return list(grid(overrides, ["+".join(together) for keys in zipped if len(together := [key for key in keys if key in varied]) > 1]))
+
+
 @pytest.mark.parametrize("words", COMMANDS)
-def test_the_command_of_a_study_composes(words: list[str], tmp_path: Path) -> None:
-    """Every cell of it, of one seed: names of options and fields are those that exist."""
+def test_the_command_of_a_study_composes(words: list[str]) -> None:
     assert words[:2] == ["heads-lightning", "train"]
     config_dir = words[words.index("--config-dir") + 1] if "--config-dir" in words else None
-    overrides = [word for word in words[2:] if "=" in word and not word.startswith(("sweep.", "hydra", "seed="))]
-    overrides = [re.sub(r"=BEST(,BEST)*$", "=0.001,0.002", word) for word in overrides]
-    zipped = [word.removeprefix("sweep.zip=[").removesuffix("]") for word in words if word.startswith("sweep.zip=")]
-    zipped = [keys for keys in zipped if all(any(word.startswith(f"{key}=") and "," in word for word in overrides) for key in keys.split("+"))]
-    cells = list(grid(overrides, zipped))
+    cells = _composed(words[2:])
     assert cells
     for cell in cells:
-        compose(cell, config_dir=str(ROOT / config_dir) if config_dir else None)
+        compose(cell, config_dir=ROOT / config_dir if config_dir else None)
 
 
 def test_a_table_has_mean_and_spread_over_seeds_and_dashes(tabulate: ModuleType, tmp_path: Path) -> None:
@@ -76,3 +80,22 @@ def test_a_table_has_mean_and_spread_over_seeds_and_dashes(tabulate: ModuleType,
     assert tabulate.load(tmp_path / "results.json") == results
     assert json.loads((tmp_path / "results.json").read_text())["cells"][2]["values"] == {}
     assert tabulate.table(results).splitlines()[2:] == ["| a | 1.500 ± 0.707 | 2 |", "| b | – | 1 |"]
+
+
+def test_tables_that_are_made_otherwise_show_their_results() -> None:
+    """Every number of the results stands in the README, rounded as there."""
+    experiments = ROOT / "experiments"
+    structure = json.loads((experiments / "fim_structure/results/structure.json").read_text())
+    bigs = json.loads((experiments / "bigs_mlm/results.json").read_text())["held_out_loss_by_step"]
+    leak = json.loads((experiments / "leak/results/losses.json").read_text())["final_loss"]
+    seen = ("broken_pieces", "middle_tokens_that_see_all", "windows_with_a_broken_piece")
+    measured = {
+        "fim_structure": ([100 * row[key] for row in structure for key in seen], 0.051),
+        "bigs_mlm": ([loss for losses in bigs.values() for loss in losses.values()], 0.00051),
+        "leak": ([loss for losses in leak.values() for loss in losses], 0.00051),
+    }
+    for study, (numbers, rounding) in measured.items():
+        shown = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", (experiments / study / "README.md").read_text(encoding="utf-8"))]
+        missing = [number for number in numbers if not any(abs(number - other) <= rounding for other in shown)]
+        assert numbers
+        assert not missing, study
