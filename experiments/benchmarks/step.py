@@ -83,7 +83,7 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
         )
 
         class Ticks(Callback):
-            def on_train_batch_end(self, *arguments: Any) -> None:
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
                 clock.tick()
 
         with (folder / "progress.txt").open("w") as sink:
