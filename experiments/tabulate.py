@@ -103,8 +103,8 @@ def _spread(values: list[float]) -> str:
 
 
 def picture(path: Path, results: Results) -> None:
-    """A panel for each measure that two rows have, a dot a run. One key: its values at the left. Two: a curve for each value of the first over
-    the second, which is a number."""
+    """A panel for each measure that two rows have, a dot a run. One key: its values at the left. Two: a curve for each value of the first,
+    over the second, which is a number."""
     import matplotlib
 
     matplotlib.use("Agg")
