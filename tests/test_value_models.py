@@ -286,10 +286,13 @@ def test_reading_on_from_a_cache(kind: str) -> None:
     assert len(model(ids)) == 3
 
 
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
-def test_compiles_whole(kind: str) -> None:
+def test_compiles_whole(kind: str, labelled: bool) -> None:
     """V17: one graph, in training too."""
     model, given = wrapped(kind, summary_dropout_prob=0.0).eval(), inputs(kind)
+    if labelled:
+        given["labels"] = inputs(kind).get("decoder_input_ids", given["input_ids"])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(**given)[2], model(**given)[2])
     compiled(**given)[2].sum().backward()
@@ -329,12 +332,70 @@ def test_generate_and_what_a_trainer_asks() -> None:
     assert "lm_head" in model.lm_head_namings
 
 
-def test_values_without_the_logits() -> None:
+@pytest.mark.parametrize("kind", ALL)
+def test_values_without_the_logits(kind: str) -> None:
     """A critic's step forms the logits of one position and the values of all."""
+    model, given = wrapped(kind).eval(), inputs(kind)
+    logits, _, value = model(**given, return_logits=False)
+    assert logits is None
+    assert torch.equal(value, model(**given)[2])
+
+
+def test_logits_of_the_last_position_by_the_models_own_argument() -> None:
     model, ids = wrapped("llama").eval(), inputs("llama")["input_ids"]
     logits, _, value = model(ids, logits_to_keep=1)
     assert logits.shape == (2, 1, V)
     assert torch.equal(value, model(ids)[2])
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_loss_without_a_softmax_has_the_models_gradients(kind: str, return_logits: bool) -> None:
+    """Of a loss, of the values, and of the logits where they are there: in one backward pass."""
+    ids = inputs(kind)["input_ids"]
+    labels = ids.clone()
+    labels[0, :4] = -100
+    states = []
+    for ours in (True, False):
+        model = wrapped(kind, summary_dropout_prob=0.0).eval()
+        logits, loss, value = model(ids, labels=labels, return_logits=return_logits) if ours else model(ids)
+        if not ours:
+            loss = F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+        total = loss + value.square().mean() + (logits.square().mean() if return_logits else 0.0)
+        total.backward()
+        states.append({name: parameter.grad for name, parameter in model.named_parameters()} | {"loss": loss.detach()})
+    for name, got in states[0].items():
+        torch.testing.assert_close(got, states[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_loss_of_logits_that_were_changed_is_the_models_own() -> None:
+    """Gemma 2 caps its logits after its head: its loss is the one of the capped ones, and cannot be had without them."""
+    config = hf.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.01, query_pre_attn_scalar=8)
+    model = AutoModelForCausalLMWithValueHead(hf.Gemma2ForCausalLM(config)).eval()
+    ids = torch.arange(14).reshape(2, 7)
+    logits, loss, _ = model(ids, labels=ids)
+    assert logits.abs().max() <= 0.01
+    assert loss.item() == pytest.approx(float(F.cross_entropy(logits[:, :-1].detach().reshape(-1, V), ids[:, 1:].reshape(-1))), rel=1e-6)
+    with pytest.raises(ValueError, match="leave return_logits=False out"):
+        model(ids, labels=ids, return_logits=False)
+    assert model.pretrained_model(ids, labels=ids).loss.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_no_labels_at_all_are_no_loss() -> None:
+    """transformers' own is NaN."""
+    model, ids = wrapped().eval(), inputs("gpt2")["input_ids"]
+    loss = model(ids, labels=torch.full_like(ids, -100))[1]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.isfinite().all() for p in model.pretrained_model.parameters() if p.grad is not None)
+
+
+def test_after_a_failed_call_nothing_is_held() -> None:
+    model, ids = wrapped().eval(), inputs("gpt2")["input_ids"]
+    with pytest.raises(IndexError):
+        model(ids + 10 * V, return_logits=False)
+    assert model.pretrained_model(ids).logits.shape == (2, 7, V)
+    assert model._vocabulary.hidden_BSD is None
 
 
 def test_from_an_object() -> None:
