@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from hub_server import serving
+from safetensors.torch import load, load_file
 from torch import nn
 from torch.nn import functional as F
-from value_data import CAUSAL, LLAMA, SEQ2SEQ, V, bert_config, inputs, tiny_model
+from value_data import CAUSAL, COMMON, LLAMA, SEQ2SEQ, V, bert_config, inputs, tiny_model
 
 from heads_lightning import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, ValueHead, create_reference_model
 from heads_lightning.backbones.huggingface import HuggingFace
@@ -239,6 +243,52 @@ def test_pickles_are_refused_and_can_be_converted(tmp_path: Path) -> None:
     assert_equal_states(load_file(convert_pickled_value_head(tmp_path)), head_of(model))
 
 
+HUB_PROGRAM = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from value_data import tiny_model
+from heads_lightning import AutoModelForCausalLMWithValueHead as Critic
+
+torch.manual_seed(5)
+model = Critic(tiny_model("gpt2")).eval()
+pushed = model.push_to_hub("someone/critic", private=True, token="hf_of_nobody", commit_message="As trained")
+assert pushed.oid.endswith("1"), pushed
+assert not hasattr(model.pretrained_model, "v_head")
+opened = Critic.from_pretrained("someone/critic").eval()
+for name, tensor in model.state_dict().items():
+    assert torch.equal(tensor, opened.state_dict()[name]), name
+print("opened")
+"""
+
+
+def test_push_to_hub_speaks_the_hubs_protocol(tmp_path: Path) -> None:
+    """The client is the real one, over HTTP; what arrives are safetensors and a config, and they open again from there."""
+    with serving() as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        program = HUB_PROGRAM.format(tests=str(Path(__file__).parent))
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=240)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.split() == ["opened"]
+    files = hub.files["someone/critic"]
+    assert {name.rsplit(".", 1)[1] for name in files} <= {"safetensors", "json"}, sorted(files)
+    assert {"model.safetensors", "config.json"} <= files.keys()
+    assert hub.private["someone/critic"] is True
+    assert hub.messages == ["As trained"]
+    assert "Bearer hf_of_nobody" in hub.tokens
+    state = load(files["model.safetensors"])
+    assert {"v_head.summary.weight", "v_head.summary.bias"} <= state.keys()
+    assert json.loads(files["config.json"])["model_type"] == "gpt2"
+
+
 def test_post_init_takes_the_head_whole() -> None:
     model, other = wrapped(), wrapped(v_head_init_strategy="normal")
     model.post_init(other.state_dict())
@@ -370,7 +420,7 @@ def test_a_loss_without_a_softmax_has_the_models_gradients(kind: str, return_log
 
 def test_a_loss_of_logits_that_were_changed_is_the_models_own() -> None:
     """Gemma 2 caps its logits after its head: its loss is the one of the capped ones, and cannot be had without them."""
-    config = hf.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.01, query_pre_attn_scalar=8)
+    config = hf.Gemma2Config(**LLAMA, **COMMON, head_dim=8, final_logit_softcapping=0.01, query_pre_attn_scalar=8)
     model = AutoModelForCausalLMWithValueHead(hf.Gemma2ForCausalLM(config)).eval()
     ids = torch.arange(14).reshape(2, 7)
     logits, loss, _ = model(ids, labels=ids)
