@@ -147,7 +147,7 @@ def value_objective(rank: int, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "work",
-    [pytest.param(value_wrapper, marks=pytest.mark.slow), pytest.param(ddp_wrapper, marks=pytest.mark.slow), value_objective],
+    [pytest.param(work, marks=pytest.mark.slow) for work in (value_wrapper, ddp_wrapper, value_objective)],  # training on two: test_value
     ids=lambda work: work.__name__,
 )
 def test_on_two_processes(work: Any, tmp_path: Path) -> None:
