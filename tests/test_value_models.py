@@ -55,7 +55,7 @@ def assert_equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 @pytest.mark.parametrize("kind", ALL)
 def test_logits_loss_and_values(kind: str) -> None:
-    """V1, V3: shapes, logits the bare model's to the bit, values those of the last hidden state by hand."""
+    """V1, V3, V14: shapes, logits the bare model's to the bit, values those of the last hidden state by hand."""
     model, given = wrapped(kind), inputs(kind)
     logits, loss, value = model(**given)
     assert (list(logits.shape), loss, list(value.shape)) == ([2, 7, V], None, [2, 7])
