@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -438,6 +439,15 @@ def test_no_labels_at_all_are_no_loss() -> None:
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad.isfinite().all() for p in model.pretrained_model.parameters() if p.grad is not None)
+
+
+def test_the_loss_of_a_copy_is_of_its_own_head() -> None:
+    model, ids = wrapped("llama").eval(), inputs("llama")["input_ids"]
+    before = model(ids, labels=ids)[1]
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(other.get_output_embeddings().weight)
+    assert other(ids, labels=ids)[1].item() == pytest.approx(math.log(V), rel=1e-6)
+    assert torch.equal(model(ids, labels=ids)[1], before)
 
 
 def test_after_a_failed_call_nothing_is_held() -> None:

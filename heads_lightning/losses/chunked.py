@@ -99,7 +99,7 @@ def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: 
     """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
     workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
     accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
-    if accumulator:  # every chunk passes over it, and a larger one is small beside it
+    if accumulator and device == "cpu":  # every chunk passes over it, and beside it a larger one is small
         workspace += workspace // 2
     size = max(1, classes) * dtype.itemsize
     fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
