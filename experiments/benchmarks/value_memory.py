@@ -10,6 +10,7 @@ output_hidden_states=True, the cache that generation uses left on, logits and va
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -132,14 +133,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    results = {f"{kind}: {name}": measure(case, options, kind) for kind in ("gpt2", "llama") for name, case in CASES.items()}
+    shape = f"{options.layers} layers, width {options.width}, vocabulary {options.vocabulary:,}, {options.rows} x {options.length} tokens"
+    if not options.json:
+        print(f"{shape}, {options.dtype}; MiB at the peak, collecting all hidden states -> wrapper")
+    results = {}
+    for kind, (name, case) in itertools.product(("gpt2", "llama"), CASES.items()):
+        found = results[f"{kind}: {name}"] = measure(case, options, kind)
+        if not options.json:
+            print(f"  {kind + ': ' + name:64s} {found['collecting']:8.1f} -> {found['wrapper']:8.1f}   x {found['ratio']:.2f}", flush=True)
     if options.json:
         print(json.dumps(results, indent=1))
-        return
-    shape = f"{options.layers} layers, width {options.width}, vocabulary {options.vocabulary:,}, {options.rows} x {options.length} tokens"
-    print(f"{shape}, {options.dtype}; MiB at the peak, collecting all hidden states -> wrapper")
-    for name, found in results.items():
-        print(f"  {name:64s} {found['collecting']:8.1f} -> {found['wrapper']:8.1f}   x {found['ratio']:.2f}")
 
 
 if __name__ == "__main__":
