@@ -21,7 +21,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
-        self.private: dict[str, Any] = {}
+        self.created: dict[str, Any] = {}
         self.messages: list[str] = []
         self.tokens: set[str | None] = set()
         self.requests: list[str] = []
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             repo = f"someone/{asked['name']}"
             self.server.files.setdefault(repo, {})
-            self.server.private[repo] = asked.get("private")
+            self.server.created[repo] = asked
             self.answer_json({"url": f"{self.server.url}/{repo}", "id": repo, "name": repo})
         elif "preupload" in parts:
             modes = [
