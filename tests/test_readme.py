@@ -36,5 +36,5 @@ def test_the_capability_tables_are_current() -> None:
     assert spec.loader is not None
     capabilities = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(capabilities)
-    assert README == capabilities.readme_with(capabilities.compact()), f"run: python {path.relative_to(ROOT)}"
+    assert capabilities.readme_with(capabilities.compact()) == README, f"run: python {path.relative_to(ROOT)}"
     assert path.with_suffix(".md").read_text(encoding="utf-8") == capabilities.table()
