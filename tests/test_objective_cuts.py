@@ -29,7 +29,7 @@ def parts_of(cutter, ids, draws, start=0):
     ends = np.full(len(draws), len(ids))
     cut = cutter.cut(cutter.measure(ids), np.full(len(draws), start), ends, draws)
     source = np.concatenate([ids, cut.extra]).tolist()
-    for starts, lengths in zip(cut.starts_P7.tolist(), cut.lengths_P7.tolist(), strict=True):
+    for starts, lengths in zip(cut.starts_7P.T.tolist(), cut.lengths_7P.T.tolist(), strict=True):
         a, b, c, d, e, f, g = (source[s : s + n] for s, n in zip(starts, lengths, strict=True))
         yield a + b, c + d + e, f + g
 
@@ -78,7 +78,7 @@ def test_cuts_between_lines(last):
     cut = cutter.cut(cutter.measure(ids), np.full(3000, start), np.full(3000, end), draws)
     source = np.concatenate([ids, cut.extra])
     places = []
-    for starts, lengths in zip(cut.starts_P7, cut.lengths_P7, strict=True):
+    for starts, lengths in zip(cut.starts_7P.T, cut.lengths_7P.T, strict=True):
         a, b, c, d, e, f, g = (source[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True))
         parts = [text_of(part, v).decode() for part in (a + b, c + d + e, f + g)]
         assert "".join(parts) == text
@@ -96,14 +96,14 @@ def test_long_words_and_a_full_table():
     text = "'" + "'x" * 60 + "日本語テキスト" * 20 + "a" * 90
     ids = np.array(v.encode(text), np.uint16)
     cutter = CharCutter(v)
-    cutter.table_size = 50
+    cutter.slices.table_size = 50
     rng = np.random.default_rng(2)
     for _ in range(30):
         draws = rng.random((10, 2))
         for draw, parts in zip(draws, parts_of(cutter, ids, draws), strict=True):
             a, b = sorted((draw * (len(text) + 1)).astype(int).tolist())
             assert [*map(list, parts)] == [v.encode(text[:a]), v.encode(text[a:b]), v.encode(text[b:])]
-    assert len(cutter._cells) <= 50
+    assert len(cutter.slices) <= 50
 
 
 def test_special_tokens_in_a_text_are_atoms():
