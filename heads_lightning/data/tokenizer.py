@@ -92,6 +92,10 @@ class Tokenizer:
         encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
+    def _encode_one(self, text: str) -> list[int]:
+        """Ids of a short text, several times as fast as a batch of one."""
+        return self.encode(text).tolist() if self._byte_ids is not None else self.inner.encode(text, add_special_tokens=False).ids
+
     def decode(self, ids: Iterable[int], *, show_special: bool = False) -> str:
         """Text of ids; special tokens are spelled out or left out. Broken UTF-8 becomes U+FFFD."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=not show_special)
@@ -146,7 +150,7 @@ class Tokenizer:
             special_V=np.array([not b for b in token_bytes]),
             token_bytes=token_bytes,
             word_start_V=np.array([b[:1] in _WORD_BREAKS for b in token_bytes]),
-            encode=lambda text: self.encode(text).tolist(),
+            encode=self._encode_one,
         )
 
     def _token_bytes(self) -> tuple[bytes, ...]:

@@ -28,7 +28,8 @@ class Parts(NamedTuple):
     """Ids of prefix, middle and suffix of P pieces, as ranges of `concatenate([tokens, extra])`."""
 
     starts_7P: np.ndarray
-    """int64 [7, P]: prefix 2 ranges (stream, extra), middle 3 (extra, stream, extra), suffix 2 (extra, stream)."""
+    """int64 [7, P]: 0 is the prefix's in the stream, 1 to 4 are what is encoded left and right of the two cuts, 5 the middle's in the stream, 6
+    the suffix's. So the prefix is 0, 1; the middle 2, 5, 3; the suffix 4, 6."""
     lengths_7P: np.ndarray
     extra: np.ndarray
     """Ids that are not in the stream: what was encoded anew."""
@@ -88,21 +89,24 @@ def _parts(
     `encoded`: starts and lengths [4, P] of what stands between, left and right of each cut, and the ids that they point into.
     """
     starts_7P, lengths_7P = np.empty((2, 7, len(starts)), np.int64)
-    starts_7P[0], starts_7P[3], starts_7P[6] = starts, right_2P[0], right_2P[1]
-    lengths_7P[0], lengths_7P[3], lengths_7P[6] = left_2P[0] - starts, left_2P[1] - right_2P[0], ends - right_2P[1]
+    starts_7P[0], starts_7P[5], starts_7P[6] = starts, right_2P[0], right_2P[1]
+    lengths_7P[0], lengths_7P[5], lengths_7P[6] = left_2P[0] - starts, left_2P[1] - right_2P[0], ends - right_2P[1]
     if encoded is None:
-        starts_7P[_ENCODED] = lengths_7P[_ENCODED] = 0
+        starts_7P[1:5] = lengths_7P[1:5] = 0
         return Parts(starts_7P, lengths_7P, starts[:0])
-    starts_7P[_ENCODED], lengths_7P[_ENCODED], extra = encoded
+    starts_7P[1:5], lengths_7P[1:5], extra = encoded
     return Parts(starts_7P, lengths_7P, extra)
 
-
-_ENCODED = [1, 2, 4, 5]
-"""Ranges of Parts that are encoded anew."""
 
 _REACH = 8
 """Tokens looked at on each side of a cut at once; longer cells (minified code, unspaced scripts) are found one by one."""
 _AROUND = np.arange(-_REACH, _REACH)
+_BITS = np.arange(1 << 2 * _REACH)[:, None] >> np.arange(2 * _REACH) & 1
+_BITS[:, -1] = 1  # of the two tokens that it would be between, one is another cut's
+_BEFORE = np.where(_BITS[:, :_REACH].any(axis=1), _BITS[:, _REACH - 1 :: -1].argmax(axis=1), _REACH)
+_AFTER = _BITS[:, _REACH:].argmax(axis=1) + 1
+"""Tokens from a cut back to a place where pre-tokens part, and on to one, by the places that do: bit k is before the token at + k + 1 - reach.
+The reach where there is none."""
 
 _LETTER, _DIGIT, _MARK, _SPACE, _NEWLINE, _SPECIAL, _ANY = (1 << k for k in range(7))
 _SAFE = {
@@ -171,7 +175,7 @@ class CharCutter(Cutter):
         exact = texts == _PROBE.encode()
         for starts, lengths in zip(parts.starts_7P.T.tolist(), parts.lengths_7P.T.tolist(), strict=True):
             spans = [source[a : a + n] for a, n in zip(starts, lengths, strict=True)]
-            for part in (spans[0] + spans[1], spans[2] + spans[3] + spans[4], spans[5] + spans[6]):
+            for part in (spans[0] + spans[1], spans[2] + spans[5] + spans[3], spans[4] + spans[6]):
                 text = b"".join(self._bytes[token] for token in part)
                 exact = exact and self._encode_text(text.decode()) == part
         if not exact:
@@ -242,13 +246,14 @@ class CharCutter(Cutter):
         self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, at_2P: np.ndarray, byte_2P: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """The cell [left, right) of each cut, empty where the cut falls between cells."""
-        edges = self._edges_V[tokens.take(at_2P[..., None] + _AROUND, mode="clip")]
-        safe = np.ones((*at_2P.shape, 2 * _REACH + 1), bool)  # safe[…, k]: whether pre-tokens part before the token at + k - reach
-        np.not_equal(edges[..., :-1] >> 8 & edges[..., 1:], 0, out=safe[..., 1:-1])  # the first and the last stay: none was found
-        before_2P, after_2P = safe[..., _REACH::-1].argmax(axis=2), safe[..., _REACH + 1 :].argmax(axis=2)
-        left_2P, right_2P = np.maximum(at_2P - before_2P, starts), np.minimum(at_2P + 1 + after_2P, ends)
+        edges = self._edges_V.take(tokens.take(at_2P[..., None] + _AROUND, mode="clip")).reshape(-1)
+        safe = np.zeros(edges.shape, bool)  # row by row, safe[k]: whether pre-tokens part before the token at + k + 1 - reach
+        np.not_equal(edges[:-1] >> 8 & edges[1:], 0, out=safe[:-1])
+        rows_2P = np.packbits(safe, bitorder="little").view("<u2").reshape(at_2P.shape)
+        before_2P, after_2P = _BEFORE[rows_2P], _AFTER[rows_2P]
+        left_2P, right_2P = np.maximum(at_2P - before_2P, starts), np.minimum(at_2P + after_2P, ends)
         between_2P = (byte_2P == 0) & ((left_2P == at_2P) | (at_2P == ends))
-        unknown_2P = ((before_2P == _REACH) & (left_2P > starts)) | ((after_2P == _REACH - 1) & (right_2P < ends))
+        unknown_2P = ((before_2P == _REACH) & (left_2P > starts)) | ((after_2P == _REACH) & (right_2P < ends))
         for k, piece in zip(*np.nonzero(unknown_2P & ~between_2P), strict=True):
             cell = self._find_long_cell(tokens, int(starts[piece]), int(ends[piece]), int(at_2P[k, piece]))
             left_2P[k, piece], right_2P[k, piece] = cell

@@ -42,16 +42,17 @@ from heads_lightning.registry import ConfigError
 
 _PLAIN, _PSM, _SPM1, _SPM2, _SUFFIX_FIRST = range(5)
 _SPM = {SPMLayout.variant1: _SPM1, SPMLayout.variant2: _SPM2, SPMLayout.suffix_first: _SUFFIX_FIRST}
-# Ranges of a piece: 0 marker, 1-2 prefix, 3-5 middle, 6-7 suffix, 8 PRE, 9 SUF, 10 MID, 11 END. The middle and END are always last, but for
-# what follows the last piece of a row: one token to look ahead at, and padding.
+# Ranges of a piece: 0 the marker, 1 to 7 the parts (see cuts.Parts), PRE, SUF, MID, END; and what follows the last piece of a row: one token to
+# look ahead at, and padding. The middle and END come last.
 _MARKER, _PRE, _SUF, _MID, _END, _AHEAD, _PADDING = 0, 8, 9, 10, 11, 12, 13
+_PREFIX, _MIDDLE, _SUFFIX, _REST = (1, 2), (3, 6, 4), (5, 7), (_END, _AHEAD, _PADDING)
 _ORDER = np.array(
     [
-        [_MARKER, 1, 2, 6, 7, _PRE, _SUF, _MID, 3, 4, 5, _END, _AHEAD, _PADDING],  # plain: all text is range 1, the rest is empty
-        [_MARKER, _PRE, 1, 2, _SUF, 6, 7, _MID, 3, 4, 5, _END, _AHEAD, _PADDING],
-        [_MARKER, _SUF, 6, 7, _PRE, 1, 2, _MID, 3, 4, 5, _END, _AHEAD, _PADDING],
-        [_MARKER, _PRE, _SUF, 6, 7, _MID, 1, 2, 3, 4, 5, _END, _AHEAD, _PADDING],
-        [_MARKER, _SUF, 6, 7, _PRE, 1, 2, _MID, 3, 4, 5, _END, _AHEAD, _PADDING],  # its MID is empty
+        [_MARKER, *_PREFIX, *_SUFFIX, _PRE, _SUF, _MID, *_MIDDLE, *_REST],  # plain: all text is range 1, the parts and sentinels are empty
+        [_MARKER, _PRE, *_PREFIX, _SUF, *_SUFFIX, _MID, *_MIDDLE, *_REST],
+        [_MARKER, _SUF, *_SUFFIX, _PRE, *_PREFIX, _MID, *_MIDDLE, *_REST],
+        [_MARKER, _PRE, _SUF, *_SUFFIX, _MID, *_PREFIX, *_MIDDLE, *_REST],
+        [_MARKER, _SUF, *_SUFFIX, _PRE, *_PREFIX, _MID, *_MIDDLE, *_REST],  # its MID is empty
     ]
 )
 _SENTINELS = np.array([[-4], [-3], [-2], [-1]])
@@ -241,7 +242,7 @@ class FIM(Objective):
         return over
 
     def _assemble(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, num_rows: int, width: int) -> Examples:
-        sizes_P = plan.lengths_KP.sum(axis=0)
+        sizes_P = plan.lengths_KP[:_AHEAD].sum(axis=0)
         places_P = pieces.offsets(sizes_P) + pieces.rows * width  # where each piece begins in the output
         last_P = np.empty(len(sizes_P), bool)
         last_P[:-1], last_P[-1:] = pieces.numbers[1:] == 0, True
@@ -255,7 +256,7 @@ class FIM(Objective):
         padded = gather_ranges((places_P + sizes_P)[last_P], padding_P[last_P])
         tokens_BS.reshape(-1)[padded] = self.vocabulary.padding
         labels_BS.reshape(-1)[padded] = IGNORE
-        infill_P = np.where(plan.modes_P > 0, plan.lengths_KP[3:6].sum(axis=0) + 1, 0)  # targets of a middle and its END
+        infill_P = np.where(plan.modes_P > 0, plan.lengths_KP[_MIDDLE, :].sum(axis=0) + 1, 0)  # targets of a middle and its END
         self._drop_labels(labels_BS.reshape(-1), pieces, plan.modes_P, places_P, sizes_P, infill_P)
         # runs of a piece: other targets, infill targets, END (which has none of its own) and padding
         ends_P = (infill_P > 0).astype(np.int64)

@@ -65,19 +65,20 @@ class SliceEncoder:
             lengths = found_J2[:, 1]
             return lengths, self._pool[gather_ranges(found_J2[:, 0], lengths)]
 
-    def _look_up(self, tokens: np.ndarray, slices: Slices) -> list[int]:
-        """Numbers of the slices' entries."""
+    def _look_up(self, tokens: np.ndarray, slices: Slices) -> np.ndarray:
+        """int64 [J]: numbers of the slices' entries."""
         names = self._names(tokens, slices)
         if len(self._known) + len(names) > self.table_size:
             self._clear()
-        found = list(map(self._known.get, names))
-        missing = [j for j, number in enumerate(found) if number is None]
-        if missing:
-            new = Slices(*(column[missing] for column in slices))
-            for j, text in zip(missing, self._texts(tokens, new), strict=True):
-                found[j] = self._known[names[j]] = self._entry(text)
+        numbers = np.fromiter(map(self._known.__getitem__, names), np.int64, len(names))
+        missing = np.flatnonzero(numbers < 0)
+        if len(missing):
+            texts = self._texts(tokens, Slices(*(column[missing] for column in slices)))
+            new = [self._entry(text) for text in texts]
+            self._known.update(zip([names[j] for j in missing.tolist()], new, strict=True))
+            numbers[missing] = new
             self._store()
-        return found  # pyright: ignore[reportReturnType]  # none is missing any more
+        return numbers
 
     def _names(self, tokens: np.ndarray, slices: Slices) -> list[bytes]:
         """What the slices are known by: equal only for slices of the same text."""
@@ -104,7 +105,7 @@ class SliceEncoder:
         return texts
 
     def _clear(self) -> None:
-        self._known: dict[bytes, int] = {}
+        self._known = _Known()
         """Number of the entry, by name of the slice."""
         self._number: dict[bytes, int] = {}
         """Number of the entry, by text."""
@@ -151,6 +152,13 @@ class SliceEncoder:
 
     def _single_bytes(self, text: bytes) -> list[int]:
         return [self._byte_ids[text[k : k + 1]] for k in range(len(text))]
+
+
+class _Known(dict[bytes, int]):
+    """-1 for what is not in it."""
+
+    def __missing__(self, name: bytes) -> int:
+        return -1
 
 
 def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
