@@ -10,17 +10,19 @@ import pytest
 import torch
 from bigram import bigram_model
 
-from heads_lightning import masked
+from heads_lightning import masked, span_filling
 from heads_lightning.abilities import infilling
 from heads_lightning.batch import IGNORE
 from heads_lightning.configs.evaluation import EvaluationConfig
+from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import LONGEST_SPAN, hidden_lines, protocol, random_spans
+from heads_lightning.experiment import build_model
 from heads_lightning.generation import denoise, score
 from heads_lightning.lm_eval import HeadsLightningLM, continue_texts, score_continuations, score_texts
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.objectives.mixture import open_with
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import evaluate, infill_texts, stop_accuracy
+from heads_lightning.scoring import evaluate, infill, infill_texts, stop_accuracy
 
 ASK = ["evaluation.infill_lines=8", "evaluation.random_spans=8", "evaluation.text_tokens=2000", "evaluation.max_new_tokens=4"]
 
@@ -36,7 +38,7 @@ def bits_by_count(model, texts: list[str]) -> float:
     return math.log2(model.tokenizer.size) * tokens / sum(len(text.encode()) for text in texts)
 
 
-@pytest.mark.parametrize("objective", ["fim", "causal", "prefix_lm", "mlm", "masked_diffusion"])
+@pytest.mark.parametrize("objective", ["fim", "causal", "prefix_lm", "mlm", "masked_diffusion", "span_corruption", "ul2"])
 def test_a_model_that_knows_nothing_pays_for_every_token_alike(overrides, objective):
     """Every number of the protocol is log2 V bits a token: nothing is counted twice, left out, or divided by something else."""
     model, prepared = bigram_model([*overrides, f"objective={objective}"])
@@ -51,6 +53,8 @@ def test_a_model_that_knows_nothing_pays_for_every_token_alike(overrides, object
         "causal": {"left_to_right", "prefix", "random_span_prefix", "ngram"},
         "prefix_lm": {"left_to_right", "prefix", "random_span_prefix", "ngram"},
         "mlm": {"masked", "ngram"},
+        "span_corruption": {"infill", "prefix", "random_span", "random_span_prefix", "ngram"},
+        "ul2": {"left_to_right", "infill", "prefix", "random_span", "random_span_prefix", "ngram"},
         "masked_diffusion": {"masked", "bound", "infill", "prefix", "random_span", "random_span_prefix", "ngram"},
     }[objective]
     assert set(found) == {f"{name}_bits_per_byte" for name in expected}
@@ -151,8 +155,6 @@ def test_a_mode_token_opens_every_piece_and_nothing_else_moves():
 
 class TestDenoise:
     def test_the_surest_come_first_and_the_rest_stays(self, overrides):
-        from heads_lightning.experiment import build_model
-
         model, _ = bigram_model([*overrides, "objective=masked_diffusion", "head=mlm"])
         backbone, head = build_model(model.config, model.tokenizer.size)
         mask, given = model.tokenizer.vocabulary.mask, model.tokenizer.encode("import os\n").tolist()
@@ -182,6 +184,76 @@ class TestDenoise:
             masked.fill(other, "", "", new_tokens=3)
         with pytest.raises(ConfigError, match="did not train infilling"):
             infill_texts(other, [("a", "b")])
+
+
+class TestSentinelsOfADecoder:
+    """span_corruption and ul2 without an encoder: the hole is a sentinel in a prefix that is read from both sides."""
+
+    @pytest.fixture(scope="class")
+    def model(self, overrides):
+        plain, prepared = bigram_model([*overrides, "objective=span_corruption", "objective.rate=0.1", "objective.mean_length=64"])
+        backbone, head = build_model(plain.config, plain.tokenizer.size)
+        return plain._replace(backbone=backbone.eval(), head=head.eval()), list(prepared.texts("validation"))
+
+    def test_a_question_is_laid_out_as_training_laid_out_examples(self, model):
+        asked, _ = model
+        objective, v = asked.config.objective.build(asked.tokenizer.vocabulary), asked.tokenizer.vocabulary
+        width = objective.window(64).length
+        ids = np.array([v.end_of_document, *asked.tokenizer.encode("x = [1, 2]\nfor i in x: print(i)\n" * 9)][:width])[None]
+        whole = 0
+        for index in range(30):
+            made = objective.examples(ids, SampleRandom(0, 0, np.array([index])), 64)
+            count, used = int(made.prefix_BS.sum()), int((made.segments_BS == 0).sum())
+            if (made.labels_BS == v.sentinels[1]).any():
+                continue  # a span that the roll has cut in two
+            hidden = made.labels_BS[0, count : used - 1]
+            rows = [span_filling._Asked(made.tokens_BS[0, :count], hidden, np.append(hidden, v.end_of_document))]
+            mine = span_filling._decoder_only(asked, rows)
+            assert np.array_equal(mine.tokens_BS, made.tokens_BS[:, :used])
+            assert np.array_equal(mine.prefix_BS, made.prefix_BS[:, :used])
+            assert np.array_equal(mine.labels_BS[0, count:], made.labels_BS[0, count:used])  # training also asks for the sentinel itself
+            whole += 1
+        assert whole > 10
+
+    def test_an_answer_is_what_scoring_finds_likeliest(self, model):
+        """Token by token with a cache, and all at once: the same prefix, the same places, the same end."""
+        asked, texts = model
+        questions = hidden_lines(texts, asked.config.evaluation)
+        answers = span_filling.fill(asked, questions, max_new_tokens=4)
+        assert any(answers)
+        for question, answer in zip(questions, answers, strict=True):
+            ids = np.array(answer, np.int64)
+            sources = span_filling.source(asked, question, with_suffix=True)
+            if len(ids):
+                (scores,) = span_filling._score(asked, [span_filling._Asked(sources, ids[:-1], ids)], hits=True)
+                assert scores.hits_BS[-len(ids) :].all()
+            v, text = asked.tokenizer.vocabulary, question
+            before, after = asked.tokenizer.encode(text.prefix), asked.tokenizer.encode(text.suffix)
+            at = sources.tolist().index(v.sentinels[0])
+            assert before.tolist()[len(before) - 3 :] == sources[max(at - 3, 0) : at].tolist()[-len(before) :][-3:]
+            assert after.tolist()[:3] == sources[at + 1 : at + 4].tolist()
+            assert len(sources) + 1 + 4 <= asked.config.data.sequence_length
+
+    def test_stop_accuracy_is_about_the_end_and_nowhere_else(self, overrides):
+        """A model that ends after every `)`: right for lines whose one `)` is their last token."""
+        taught, prepared = bigram_model([*overrides, "objective=span_corruption"])
+        v = taught.tokenizer.vocabulary
+        (close,) = taught.tokenizer.encode(")")
+        table = torch.zeros(v.size, v.size)
+        table[:, v.padding] = 1.0
+        table[close, v.end_of_document] = 9.0
+        with torch.no_grad():
+            taught.head.w_out.weight.copy_(table.T)
+        question = hidden_lines(list(prepared.texts("validation")), taught.config.evaluation)[0]
+        lines = ["\nfoo(a )", "\nfoo", "\nfoo (b ) (c )"]
+        assert [stop_accuracy(taught, [question._replace(line=line)]) for line in lines] == [1.0, 0.0, 0.0]
+
+    def test_the_command_answers_and_refuses_a_layout(self, model):
+        asked, _ = model
+        request = InfillRequest(checkpoint="somewhere", max_new_tokens=3)
+        assert isinstance(infill(asked, "import os\n", "\nx = 1\n", request), str)
+        with pytest.raises(ConfigError, match="leave layout out"):
+            infill(asked, "a", "b", replace(request, layout="psm"))
 
 
 @pytest.fixture(scope="module")
