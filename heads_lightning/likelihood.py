@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
+from heads_lightning.data.tokenizer import Tokenizer
+from heads_lightning.evaluation import HiddenLine
 from heads_lightning.experiment import TrainedModel
 
 ROWS = 16
@@ -50,6 +52,12 @@ def score_tokens(
         segments_BS = np.zeros(tokens_BS.shape, np.int32)
     arrays = (np.ascontiguousarray(tokens_BS), np.ascontiguousarray(labels_BS), np.ascontiguousarray(segments_BS))
     return score_examples(model, Examples(*arrays), attention, hits=hits)
+
+
+def encode_around(tokenizer: Tokenizer, question: HiddenLine) -> tuple[np.ndarray, np.ndarray]:
+    """int64 ids of what stands before and after a hole, as they are inside a document."""
+    prefix = (tokenizer.encode if question.begins_document else tokenizer.encode_inside)(question.prefix)
+    return prefix, tokenizer.encode_inside(question.suffix)
 
 
 class Row(NamedTuple):

@@ -32,7 +32,7 @@ from heads_lightning.evaluation import (
 )
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
-from heads_lightning.likelihood import ROWS, Row, next_token_row, score_rows, score_tokens
+from heads_lightning.likelihood import ROWS, Row, encode_around, next_token_row, score_rows, score_tokens
 from heads_lightning.objectives.base import document_segments
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
@@ -196,17 +196,16 @@ def _prompt(
     model: TrainedModel, question: HiddenLine, *, with_suffix: bool, layout: str | None = None, room: int | None = None
 ) -> np.ndarray:
     """Token ids before the hidden line, in the layout of training; at most `room` of them are text."""
-    encode, config = model.tokenizer.encode, model.config
+    config = model.config
     if room is None:
         # as much context as leaves the answer inside the length that training saw
         longest = min(config.evaluation.max_new_tokens, config.data.sequence_length // 2)
         room = config.data.sequence_length - longest - 6
-    prefix, suffix = np.asarray(encode(question.prefix)), np.asarray(encode(question.suffix))
+    prefix, suffix = encode_around(model.tokenizer, question)
     if not with_suffix:
         suffix = suffix[:0]
     prefix_kept, suffix_kept = clip_context(prefix, suffix, room=room)
     begins = question.begins_document and len(prefix_kept) == len(prefix)
-    vocabulary = model.tokenizer.vocabulary
     vocabulary, asked = model.tokenizer.vocabulary, infilling(model)
     if not with_suffix:
         first = opening(model)
@@ -232,7 +231,7 @@ def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, 
 
 
 def _asked_row(model: TrainedModel, question: HiddenLine, *, with_suffix: bool) -> Row:
-    return next_token_row(_prompt(model, question, with_suffix=with_suffix), model.tokenizer.encode(question.line))
+    return next_token_row(_prompt(model, question, with_suffix=with_suffix), model.tokenizer.encode_inside(question.line))
 
 
 def stop_accuracy(model: TrainedModel, questions: Sequence[HiddenLine]) -> float:
@@ -243,7 +242,7 @@ def stop_accuracy(model: TrainedModel, questions: Sequence[HiddenLine]) -> float
     assert end is not None
     rows = []
     for question in questions:
-        prompt, line = _prompt(model, question, with_suffix=True), model.tokenizer.encode(question.line)
+        prompt, line = _prompt(model, question, with_suffix=True), model.tokenizer.encode_inside(question.line)
         tokens = np.concatenate([prompt, line]).astype(np.int64)
         labels = np.full(len(tokens), IGNORE, np.int64)
         labels[len(prompt) - 1 :] = end
@@ -370,7 +369,7 @@ def _accuracy(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suff
 
 def _truths(model: TrainedModel, questions: Sequence[HiddenLine]) -> list[list[int]]:
     """Ids of the hidden lines; that a line ends is no news."""
-    return [list(model.tokenizer.encode(q.line.strip())) for q in questions]
+    return [list(model.tokenizer.encode_inside(q.line.strip())) for q in questions]
 
 
 def _longest(model: TrainedModel, questions: Sequence[HiddenLine]) -> int:

@@ -21,7 +21,7 @@ from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import HiddenLine, bits_per_byte, clip_context
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
-from heads_lightning.likelihood import TokenScores, score_examples
+from heads_lightning.likelihood import TokenScores, encode_around, score_examples
 from heads_lightning.objectives.ul2 import mode_tokens
 from heads_lightning.registry import ConfigError
 
@@ -52,8 +52,8 @@ def continues_text(objective: ObjectiveConfig) -> bool:
 
 def source(model: TrainedModel, question: HiddenLine, *, with_suffix: bool, room: int | None = None) -> np.ndarray:
     """int64 ids that are read from both sides; at most `room` of them are text (as many as training sequences hold, when left out)."""
-    vocabulary, encode = model.tokenizer.vocabulary, model.tokenizer.encode
-    prefix, suffix = np.asarray(encode(question.prefix)), np.asarray(encode(question.suffix if with_suffix else ""))
+    vocabulary = model.tokenizer.vocabulary
+    prefix, suffix = encode_around(model.tokenizer, question if with_suffix else question._replace(suffix=""))
     opening, encodes = _mode(model), model.config.objective.attention == Attention.encoder_decoder
     if question.begins_document and not opening:  # a mode token stands in the marker's place
         prefix = np.concatenate([[vocabulary.end_of_document], prefix])
@@ -88,7 +88,7 @@ def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, 
     """Bits per byte of the hidden lines, given prefix and suffix or the prefix alone; what ends a line is not counted."""
     rows = []
     for question in questions:
-        line = np.asarray(model.tokenizer.encode(question.line), np.int64)
+        line = model.tokenizer.encode_inside(question.line)
         rows.append(_Asked(source(model, question, with_suffix=with_suffix), line[:-1], line))
     nats = sum(float(scores.nats_BS.sum()) for scores in _score(model, rows))
     return bits_per_byte(nats, sum(len(q.line.encode()) for q in questions))
@@ -98,7 +98,7 @@ def stop_accuracy(model: TrainedModel, questions: Sequence[HiddenLine]) -> float
     """Share of lines whose end the model knows: fed the true line, EOD is the likeliest token after it and nowhere before."""
     rows = []
     for question in questions:
-        line = np.asarray(model.tokenizer.encode(question.line), np.int64)
+        line = model.tokenizer.encode_inside(question.line)
         labels = np.full(len(line) + 1, model.tokenizer.vocabulary.end_of_document, np.int64)
         rows.append(_Asked(source(model, question, with_suffix=True), line, labels))
     right = 0

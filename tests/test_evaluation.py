@@ -186,17 +186,19 @@ class TestDenoise:
             infill_texts(other, [("a", "b")])
 
 
+@pytest.fixture(scope="module")
+def span_model(overrides):
+    """A transformer that knows nothing, of span_corruption, and held-out texts."""
+    plain, prepared = bigram_model([*overrides, "objective=span_corruption", "objective.rate=0.1", "objective.mean_length=64"])
+    backbone, head = build_model(plain.config, plain.tokenizer.size)
+    return replace(plain, backbone=backbone.eval(), head=head.eval()), list(prepared.texts("validation"))
+
+
 class TestSentinelsOfADecoder:
     """span_corruption and ul2 without an encoder: the hole is a sentinel in a prefix that is read from both sides."""
 
-    @pytest.fixture(scope="class")
-    def model(self, overrides):
-        plain, prepared = bigram_model([*overrides, "objective=span_corruption", "objective.rate=0.1", "objective.mean_length=64"])
-        backbone, head = build_model(plain.config, plain.tokenizer.size)
-        return plain._replace(backbone=backbone.eval(), head=head.eval()), list(prepared.texts("validation"))
-
-    def test_a_question_is_laid_out_as_training_laid_out_examples(self, model):
-        asked, _ = model
+    def test_a_question_is_laid_out_as_training_laid_out_examples(self, span_model):
+        asked, _ = span_model
         objective, v = asked.config.objective.build(asked.tokenizer.vocabulary), asked.tokenizer.vocabulary
         width = objective.window(64).length
         ids = np.array([v.end_of_document, *asked.tokenizer.encode("x = [1, 2]\nfor i in x: print(i)\n" * 9)][:width])[None]
@@ -215,9 +217,9 @@ class TestSentinelsOfADecoder:
             whole += 1
         assert whole > 10
 
-    def test_an_answer_is_what_scoring_finds_likeliest(self, model):
+    def test_an_answer_is_what_scoring_finds_likeliest(self, span_model):
         """Token by token with a cache, and all at once: the same prefix, the same places, the same end."""
-        asked, texts = model
+        asked, texts = span_model
         questions = hidden_lines(texts, asked.config.evaluation)
         answers = span_filling.fill(asked, questions, max_new_tokens=4)
         assert any(answers)
@@ -248,8 +250,8 @@ class TestSentinelsOfADecoder:
         lines = ["\nfoo(a )", "\nfoo", "\nfoo (b ) (c )"]
         assert [stop_accuracy(taught, [question._replace(line=line)]) for line in lines] == [1.0, 0.0, 0.0]
 
-    def test_the_command_answers_and_refuses_a_layout(self, model):
-        asked, _ = model
+    def test_the_command_answers_and_refuses_a_layout(self, span_model):
+        asked, _ = span_model
         request = InfillRequest(checkpoint="somewhere", max_new_tokens=3)
         assert isinstance(infill(asked, "import os\n", "\nx = 1\n", request), str)
         with pytest.raises(ConfigError, match="leave layout out"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -104,6 +106,32 @@ def test_long_words_and_a_full_table():
             a, b = sorted((draw * (len(text) + 1)).astype(int).tolist())
             assert [*map(list, parts)] == [v.encode(text[:a]), v.encode(text[a:b]), v.encode(text[b:])]
     assert len(cutter.slices) <= 50
+
+
+def test_threads_share_the_tables():
+    """The thread that makes training's next step cuts while a validation does; the tables are emptied again and again."""
+    v = vocabulary()
+    text = documents()[0][:1500]
+    ids = np.array(v.encode(text), np.uint16)
+    cutter = CharCutter(v)
+    cutter.slices.table_size = 90
+
+    def cut(seed: int) -> int:
+        rng, wrong = np.random.default_rng(seed), 0
+        for _ in range(25):
+            draws = rng.random((20, 2))
+            for draw, parts in zip(draws, parts_of(cutter, ids, draws), strict=True):
+                a, b = sorted((draw * (len(text) + 1)).astype(int).tolist())
+                wrong += [text_of(part, v).decode() for part in parts] != [text[:a], text[a:b], text[b:]]
+        return wrong
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(cut, range(4))) == [0] * 4
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_special_tokens_in_a_text_are_atoms():

@@ -60,6 +60,8 @@ def own_roles(num_sentinels: int) -> Roles:
 _END_SPELLINGS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[SEP]")
 _PADDING_SPELLINGS = ("<|pad|>", "<pad>", "[PAD]", "<|fim_pad|>", "<fim_pad>", "<|finetune_right_pad_id|>")
 _MASK_SPELLINGS = ("<|mask|>", "<mask>", "[MASK]")
+_GUARDS = ("☺", "\x02", "¶")
+"""Characters that hardly a vocabulary merges with what follows."""
 
 
 class Tokenizer:
@@ -84,6 +86,26 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """int64 [number of tokens]: the ids of a text, nothing added."""
         return self.encode_batch([text])[0]
+
+    def encode_inside(self, text: str) -> np.ndarray:
+        """int64 [number of tokens]: the ids of a text that goes on from another one.
+
+        SentencePiece puts a space before every text that it is given; inside a document none is there. (Code Llama, arXiv 2308.12950, leaves
+        it out before suffix and middle.)
+        """
+        if not text or not self._opens_with_space:
+            return self.encode(text)
+        for guard in _GUARDS:  # a token that merges with nothing takes the space, and is cut off
+            opening, ids = self.encode(guard), self.encode(guard + text)
+            if np.array_equal(ids[: len(opening)], opening):
+                return ids[len(opening) :]
+        return self.encode(text)
+
+    @cached_property
+    def _opens_with_space(self) -> bool:
+        texts = ("x", f"{_GUARDS[0]}x")
+        spelled = [b"".join(self.vocabulary.token_bytes[token] for token in self.encode(text).tolist()) for text in texts]
+        return spelled == [f" {text}".encode() for text in texts]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, on all threads unless TOKENIZERS_PARALLELISM=false."""
