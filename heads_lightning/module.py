@@ -70,7 +70,7 @@ class LanguageModule(lightning.LightningModule):
         self.totals = Totals(len(self.parts))
         """Sums since the last logged point; the metrics callback reads and clears them."""
         self.logs_parts = False
-        """Sum the loss of each part in this training step too: one more pass of the head, without gradient. The metrics callback sets it."""
+        """Sum the loss of each part in this training step too: one more pass of the head, without gradient. Set by the metrics callback."""
         self._validation = Totals()
         self.statistics: list[float] = []
         """Of the head, summed over the latest validation (HeadLoss.statistics)."""

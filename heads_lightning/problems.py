@@ -102,9 +102,10 @@ def _safim(record: dict[str, Any], file: str) -> Problem:
 def truncated(problem: Problem, answer: str) -> str:
     """The part of an answer that SAFIM counts (arXiv 2403.04814, section 3.4, and its published post-processors).
 
-    A block loses lines from its end until the program parses and nothing outside the hole is another statement than with `pass` in it; here
-    Python's own parser decides, and blocks of other languages are left as they are. An expression of a control structure is the first line
-    that is not blank, or in languages with brackets what stands before the bracket that closes the structure's. A call ends with its bracket.
+    A block loses lines from its end until the program parses and nothing outside the hole is another statement than with `pass` in it;
+    here Python's own parser decides, and blocks of other languages are left as they are. An expression of a control structure is the first
+    line that is not blank, or in languages with brackets what stands before the bracket that closes the structure's. A call ends with its
+    bracket.
     """
     if problem.kind == "block" and problem.language == "python":
         return _truncated_block(problem, answer)

@@ -342,7 +342,9 @@ def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, 
     questions = [_copy_question(text) for text in islice(prepared.texts("validation"), count)]
     asked = infilling(model)
     if asked is None and fills_spans(model.config.objective):
-        outputs = [span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=_longest(model, questions)) for shown in (False, True)]
+        outputs = [
+            span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=_longest(model, questions)) for shown in (False, True)
+        ]
         report.hidden_lines = len(questions)
         report.copy_accuracy_prefix, report.copy_accuracy_infill = (_share_right(model, questions, output) for output in outputs)
         return

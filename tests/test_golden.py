@@ -34,7 +34,23 @@ from heads_lightning.data.stream import SampleStream
 from heads_lightning.objectives.base import Vocabulary
 
 MERGED = [" the", " of", "ing", "tion", "return", " self", "    ", "\n    ", "é", "日本", "def ", "'s", "er", "on"]
-WORDS = ["the", "of", "thing", "attention", "return", "self", "don't", "x1", "été", "日本語", "(a+b)", "\n    return", "\n\n", "def f(x):", "3.14"]
+WORDS = [
+    "the",
+    "of",
+    "thing",
+    "attention",
+    "return",
+    "self",
+    "don't",
+    "x1",
+    "été",
+    "日本語",
+    "(a+b)",
+    "\n    return",
+    "\n\n",
+    "def f(x):",
+    "3.14",
+]
 
 
 def encode(text: str) -> list[int]:
@@ -81,23 +97,23 @@ def stream() -> np.ndarray:
 
 
 CASES: dict[str, tuple[ObjectiveConfig, int]] = {
-    "causal": (CausalConfig(), 0),
-    "fim char": (FIMConfig(rate=0.7), 0),
-    "fim char, variant 1, middle": (FIMConfig(rate=1.0, spm=SPMLayout.variant1, loss_on=FIMLoss.middle), 0),
-    "fim token": (FIMConfig(cut=FIMCut.token), 0),
-    "fim line": (FIMConfig(cut=FIMCut.line, rate=1.0), 0),
-    "fim schedule": (FIMConfig(rate=0.9, rate_start=0.0, rate_tokens=3000), 0),
-    "mlm": (MLMConfig(), 0),
-    "mlm words": (MLMConfig(unit=MLMUnit.word), 0),
-    "mlm spans": (MLMConfig(unit=MLMUnit.span), 0),
-    "mlm exact": (MLMConfig(count=MLMCount.exact), 0),
-    "span_corruption": (SpanCorruptionConfig(), 0),
-    "span_corruption of seqio": (SpanCorruptionConfig(edges=SpanEdges.seqio), 0),
-    "prefix_lm": (PrefixLMConfig(), 0),
-    "ul2": (UL2Config(), 0),
-    "masked_diffusion": (MaskedDiffusionConfig(), 0),
-    "multi_token": (MultiTokenConfig(), 0),
-    "mixture": (MixtureConfig(parts={"a": {"name": "causal"}, "b": {"name": "fim", "mode": True}}), 0),
+    "causal": (CausalConfig(), 2_251_915_591),
+    "fim char": (FIMConfig(rate=0.7), 3_602_818_208),
+    "fim char, variant 1, middle": (FIMConfig(rate=1.0, spm=SPMLayout.variant1, loss_on=FIMLoss.middle), 1_310_744_407),
+    "fim token": (FIMConfig(cut=FIMCut.token), 2_667_897_115),
+    "fim line": (FIMConfig(cut=FIMCut.line, rate=1.0), 2_032_567_639),
+    "fim schedule": (FIMConfig(rate=0.9, rate_start=0.0, rate_tokens=3000), 166_330_380),
+    "mlm": (MLMConfig(), 41_762_262),
+    "mlm words": (MLMConfig(unit=MLMUnit.word), 823_913_195),
+    "mlm spans": (MLMConfig(unit=MLMUnit.span), 3_668_872_329),
+    "mlm exact": (MLMConfig(count=MLMCount.exact), 3_343_074_653),
+    "span_corruption": (SpanCorruptionConfig(), 2_009_090_709),
+    "span_corruption of seqio": (SpanCorruptionConfig(edges=SpanEdges.seqio), 3_163_231_880),
+    "prefix_lm": (PrefixLMConfig(), 2_043_767_804),
+    "ul2": (UL2Config(), 3_786_731_309),
+    "masked_diffusion": (MaskedDiffusionConfig(), 1_059_701_026),
+    "multi_token": (MultiTokenConfig(), 1_335_652_702),
+    "mixture": (MixtureConfig(parts={"a": {"name": "causal"}, "b": {"name": "fim", "mode": True}}), 3_487_464_247),
 }
 
 

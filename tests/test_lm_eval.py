@@ -16,8 +16,20 @@ from heads_lightning.lm_eval import continue_texts, score_continuations, score_t
 from heads_lightning.run import train
 
 DOCUMENTS = [
-    {"context": "import os\nimport ", "choices": ["sys", "zebra crossings"], "gold": 0, "text": "def f(x):\n    return x\n", "answer": "sys"},
-    {"context": "def f(x):\n    return", "choices": [" x", " \u20ac"], "gold": 1, "text": "for i in range(10): print(i)\n" * 9, "answer": "x"},
+    {
+        "context": "import os\nimport ",
+        "choices": ["sys", "zebra crossings"],
+        "gold": 0,
+        "text": "def f(x):\n    return x\n",
+        "answer": "sys",
+    },
+    {
+        "context": "def f(x):\n    return",
+        "choices": [" x", " \u20ac"],
+        "gold": 1,
+        "text": "for i in range(10): print(i)\n" * 9,
+        "answer": "x",
+    },
     {"context": "", "choices": ["class", "a = 1"], "gold": 0, "text": "\u00e9" * 30, "answer": "none"},
 ]
 TASKS = {

@@ -150,7 +150,9 @@ class TestPartsInTraining:
     def test_weights_do_not_depend_on_how_often_is_logged(self, tiny, tmp_path):
         more = "backbone.dropout=0.3"
         losses = [
-            train(compose([*tiny, "objective=mixture", self.PARTS, more, f"trainer.log_every_steps={n}"]), tmp_path / str(n)).metrics["val/loss"]
+            train(compose([*tiny, "objective=mixture", self.PARTS, more, f"trainer.log_every_steps={n}"]), tmp_path / str(n)).metrics[
+                "val/loss"
+            ]
             for n in (1, 4)
         ]
         assert losses[0] == losses[1]

@@ -97,7 +97,12 @@ def test_a_block_of_safim_ends_where_the_structure_around_it_goes_on(tmp_path):
 
 @pytest.mark.parametrize("language", ["java", "cpp", "csharp"])
 def test_safim_ends_an_expression_at_the_bracket_of_its_structure(tmp_path, language):
-    record = {"task_id": "control_completion_3", "lang": language, "prompt": "for (/* TODO: Your code here */) {}", "eval_prompt": "{{completion}}"}
+    record = {
+        "task_id": "control_completion_3",
+        "lang": language,
+        "prompt": "for (/* TODO: Your code here */) {}",
+        "eval_prompt": "{{completion}}",
+    }
     (problem,) = read_problems(write(tmp_path / "s.jsonl", [SAFIM | record]))
     assert truncated(problem, "int i = f(0); i < n; i++) { c++; }") == "int i = f(0); i < n; i++"
     block = problem._replace(kind="block")

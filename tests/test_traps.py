@@ -1,4 +1,5 @@
-"""The traps that a type system, or a test of a second, can rule out: every one, and where it is shown (`TRAPS`). Those without another home are here."""
+"""The traps that a type system, or a test of a second, can rule out: every one, and where it is shown (`TRAPS`). Those without another
+home are here."""
 
 from __future__ import annotations
 
@@ -35,7 +36,6 @@ from heads_lightning.data.shards import Shard
 from heads_lightning.data.stream import SampleStream
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.registry import ConfigError
-
 
 TRAPS = {
     "a bidirectional model with next-token targets": [

@@ -90,8 +90,8 @@ class Tokenizer:
     def encode_inside(self, text: str) -> np.ndarray:
         """int64 [number of tokens]: the ids of a text that goes on from another one.
 
-        SentencePiece puts a space before every text that it is given; inside a document none is there. (Code Llama, arXiv 2308.12950, leaves
-        it out before suffix and middle.)
+        SentencePiece puts a space before every text that it is given; inside a document none is there. (Code Llama, arXiv 2308.12950,
+        leaves it out before suffix and middle.)
         """
         if not text or not self._opens_with_space:
             return self.encode(text)

@@ -28,8 +28,8 @@ class Parts(NamedTuple):
     """Ids of prefix, middle and suffix of P pieces, as ranges of `concatenate([tokens, extra])`."""
 
     starts_7P: np.ndarray
-    """int64 [7, P]: 0 is the prefix's in the stream, 1 to 4 are what is encoded left and right of the two cuts, 5 the middle's in the stream, 6
-    the suffix's. So the prefix is 0, 1; the middle 2, 5, 3; the suffix 4, 6."""
+    """int64 [7, P]: 0 is the prefix's in the stream, 1 to 4 are what is encoded left and right of the two cuts, 5 is the middle's in the
+    stream, 6 the suffix's. So the prefix is 0, 1; the middle 2, 5, 3; the suffix 4, 6."""
     lengths_7P: np.ndarray
     extra: np.ndarray
     """Ids that are not in the stream: what was encoded anew."""
@@ -105,8 +105,8 @@ _BITS = np.arange(1 << 2 * _REACH)[:, None] >> np.arange(2 * _REACH) & 1
 _BITS[:, -1] = 1  # of the two tokens that it would be between, one is another cut's
 _BEFORE = np.where(_BITS[:, :_REACH].any(axis=1), _BITS[:, _REACH - 1 :: -1].argmax(axis=1), _REACH)
 _AFTER = _BITS[:, _REACH:].argmax(axis=1) + 1
-"""Tokens from a cut back to a place where pre-tokens part, and on to one, by the places that do: bit k is before the token at + k + 1 - reach.
-The reach where there is none."""
+"""Tokens from a cut back to a place where pre-tokens part, and on to one, by the places that do: bit k is the one before the token
+at + k + 1 - reach. The reach where there is none."""
 
 _LETTER, _DIGIT, _MARK, _SPACE, _NEWLINE, _SPECIAL, _ANY = (1 << k for k in range(7))
 _SAFE = {
@@ -270,7 +270,7 @@ class CharCutter(Cutter):
 
 
 def _slices(left_2P: np.ndarray, at_2P: np.ndarray, byte_2P: np.ndarray, right_2P: np.ndarray) -> Slices:
-    """What is encoded anew, 4 slices a piece: left and right of the first cut, left and right of the second, up to the edges of their cells.
+    """What is encoded anew, 4 slices a piece: left and right of the first cut and of the second, up to the edges of their cells.
 
     Where one cell holds both cuts (cells are the same or apart), the second slice ends at the second cut and the third is empty; and, in
     place, the second cell is made to begin where the first one ends.

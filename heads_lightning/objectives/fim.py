@@ -42,8 +42,8 @@ from heads_lightning.registry import ConfigError
 
 _PLAIN, _PSM, _SPM1, _SPM2, _SUFFIX_FIRST = range(5)
 _SPM = {SPMLayout.variant1: _SPM1, SPMLayout.variant2: _SPM2, SPMLayout.suffix_first: _SUFFIX_FIRST}
-# Ranges of a piece: 0 the marker, 1 to 7 the parts (see cuts.Parts), PRE, SUF, MID, END; and what follows the last piece of a row: one token to
-# look ahead at, and padding. The middle and END come last.
+# Ranges of a piece: 0 the marker, 1 to 7 the parts (see cuts.Parts), PRE, SUF, MID, END; and what follows the last piece of a row: one
+# token to look ahead at, and padding. The middle and END come last.
 _MARKER, _PRE, _SUF, _MID, _END, _AHEAD, _PADDING = 0, 8, 9, 10, 11, 12, 13
 _PREFIX, _MIDDLE, _SUFFIX, _REST = (1, 2), (3, 6, 4), (5, 7), (_END, _AHEAD, _PADDING)
 _ORDER = np.array(
