@@ -80,14 +80,15 @@ def test_the_bound_of_a_uniform_model_is_exact_for_every_draw():
     assert np.abs(many.mean(axis=0) - 0.55).max() < 0.02  # every position alike: (1 + … + 10) / 100
 
 
-def test_stop_accuracy_is_about_the_end_and_nowhere_else(overrides):
+@pytest.mark.parametrize("objective", ["fim", "span_corruption"])
+def test_stop_accuracy_is_about_the_end_and_nowhere_else(overrides, objective):
     """A model that ends after every `)`: right for lines whose one `)` is their last token."""
-    model, prepared = bigram_model([*overrides, "objective=fim"])
+    model, prepared = bigram_model([*overrides, f"objective={objective}"])
     v = model.tokenizer.vocabulary
     (close,) = model.tokenizer.encode(")")
     table = torch.zeros(v.size, v.size)
-    table[:, v.end_of_document] = 1.0
-    table[close, v.fim_end] = 9.0
+    table[:, v.padding] = 1.0
+    table[close, v.fim_end if objective == "fim" else v.end_of_document] = 9.0
     with torch.no_grad():
         model.head.w_out.weight.copy_(table.T)
     lines = ["\nfoo(a )", "\nfoo", "\nfoo (b ) (c )"]
@@ -235,20 +236,6 @@ class TestSentinelsOfADecoder:
             assert before.tolist()[len(before) - 3 :] == sources[max(at - 3, 0) : at].tolist()[-len(before) :][-3:]
             assert after.tolist()[:3] == sources[at + 1 : at + 4].tolist()
             assert len(sources) + 1 + 4 <= asked.config.data.sequence_length
-
-    def test_stop_accuracy_is_about_the_end_and_nowhere_else(self, overrides):
-        """A model that ends after every `)`: right for lines whose one `)` is their last token."""
-        taught, prepared = bigram_model([*overrides, "objective=span_corruption"])
-        v = taught.tokenizer.vocabulary
-        (close,) = taught.tokenizer.encode(")")
-        table = torch.zeros(v.size, v.size)
-        table[:, v.padding] = 1.0
-        table[close, v.end_of_document] = 9.0
-        with torch.no_grad():
-            taught.head.w_out.weight.copy_(table.T)
-        question = hidden_lines(list(prepared.texts("validation")), taught.config.evaluation)[0]
-        lines = ["\nfoo(a )", "\nfoo", "\nfoo (b ) (c )"]
-        assert [stop_accuracy(taught, [question._replace(line=line)]) for line in lines] == [1.0, 0.0, 0.0]
 
     def test_the_command_answers_and_refuses_a_layout(self, span_model):
         asked, _ = span_model
