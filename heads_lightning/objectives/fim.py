@@ -244,14 +244,9 @@ class FIM(Objective):
     def _assemble(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, num_rows: int, width: int) -> Examples:
         sizes_P = plan.lengths_KP[:_AHEAD].sum(axis=0)
         places_P = pieces.offsets(sizes_P) + pieces.rows * width  # where each piece begins in the output
-        last_P = np.empty(len(sizes_P), bool)
-        last_P[:-1], last_P[-1:] = pieces.numbers[1:] == 0, True
+        last_P = np.append(pieces.numbers[1:] == 0, True)
         padding_P = np.where(last_P, (pieces.rows + 1) * width - places_P - sizes_P, 0)
-        # one token more than the input: the last label of a row that ends left to right
-        ahead_P = last_P & (plan.modes_P == _PLAIN)
-        plan.starts_KP[_AHEAD], plan.lengths_KP[_AHEAD] = pieces.ends, ahead_P
-        plan.starts_KP[_PADDING], plan.lengths_KP[_PADDING] = -OVERHEAD - width - 1, padding_P + last_P - ahead_P
-        ids = self._source(tokens, plan.extra, width + 1).take(gather_ranges(*plan.ranges())).reshape(num_rows, width + 1)
+        ids = self._ids(tokens, pieces, plan, last_P, padding_P, width).reshape(num_rows, width + 1)
         tokens_BS, labels_BS = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         padded = gather_ranges((places_P + sizes_P)[last_P], padding_P[last_P])
         tokens_BS.reshape(-1)[padded] = self.vocabulary.padding
@@ -265,6 +260,13 @@ class FIM(Objective):
         numbers_P2 = np.stack([pieces.numbers, np.full(len(sizes_P), PADDING)], axis=1).astype(np.int32)
         segments_BS = np.repeat(numbers_P2.reshape(-1), np.stack([sizes_P, padding_P], axis=1).reshape(-1))
         return Examples(tokens_BS, labels_BS, segments_BS.reshape(num_rows, width), part_BS=part_BS.reshape(num_rows, width))
+
+    def _ids(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, last_P: np.ndarray, padding_P: np.ndarray, width: int) -> np.ndarray:
+        """Ids of all rows, each one longer than its positions: where a row ends left to right, the last label is a token of no piece."""
+        ahead_P = last_P & (plan.modes_P == _PLAIN)
+        plan.starts_KP[_AHEAD], plan.lengths_KP[_AHEAD] = pieces.ends, ahead_P
+        plan.starts_KP[_PADDING], plan.lengths_KP[_PADDING] = -OVERHEAD - width - 1, padding_P + last_P - ahead_P
+        return self._source(tokens, plan.extra, width + 1).take(gather_ranges(*plan.ranges()))
 
     def _drop_labels(
         self, labels: np.ndarray, pieces: _Pieces, modes_P: np.ndarray, places_P: np.ndarray, sizes_P: np.ndarray, infill_P: np.ndarray
