@@ -118,8 +118,8 @@ class SliceEncoder:
     def _entry(self, text: bytes) -> int:
         number = self._number.get(text)
         if number is None:
-            number = self._number[text] = len(self._number)
             self._new.append(self._encode(text))
+            number = self._number[text] = len(self._number)
         return number
 
     def _store(self) -> None:
