@@ -107,7 +107,7 @@ def floor(stream: np.ndarray, batch: int, length: int, *, gather: bool) -> Calla
     def whole() -> int:
         for window in windows:
             ids = window.take(gather_ranges(starts[order], lengths[order])) if gather else window
-            ids[:-1].copy(), ids[1:].copy(), np.zeros(batch * length, np.int32), np.zeros(batch * length, np.int8)
+            _ = ids[:-1].copy(), ids[1:].copy(), np.zeros(batch * length, np.int32), np.zeros(batch * length, np.int8)
         return len(windows) * batch * length
 
     return whole

@@ -100,7 +100,7 @@ class SliceEncoder:
         for first, skip, last, stop in zip(*(column.tolist() for column in slices), strict=True):
             text = b"".join([self._bytes[token] for token in tokens[first:last].tolist()])
             if stop:
-                text += self._bytes[tokens[last]][:stop]
+                text += self._bytes[int(tokens[last])][:stop]
             texts.append(text[skip:])
         return texts
 
