@@ -50,11 +50,11 @@ def infilling(model: TrainedModel) -> Infilling | None:
     vocabulary, objective = model.tokenizer.vocabulary, model.config.objective
     for name, part in parts_of(objective).items():
         if isinstance(part, FIMConfig) and part.rate > 0:
-            return Infilling(part.layouts(vocabulary.fim_format), _modes(model).get(name))
+            return Infilling(part.layouts(vocabulary.fim_format), modes_of(model).get(name))
     return None
 
 
-def _modes(model: TrainedModel) -> dict[str, int]:
+def modes_of(model: TrainedModel) -> dict[str, int]:
     """Mode tokens by part."""
     objective = model.config.objective
     return objective.mode_tokens(model.tokenizer.vocabulary.sentinels)[0] if isinstance(objective, MixtureConfig) else {}
@@ -62,7 +62,7 @@ def _modes(model: TrainedModel) -> dict[str, int]:
 
 def opening(model: TrainedModel) -> int:
     """The token that opens a document read left to right: the end-of-document marker, or the mode token that training put in its place."""
-    modes = _modes(model)
+    modes = modes_of(model)
     readers = [name for name, part in parts_of(model.config.objective).items() if not isinstance(part, FIMConfig) or part.rate < 1]
     plain = [name for name in readers if isinstance(parts_of(model.config.objective)[name], CausalConfig)]
     return next((modes[name] for name in [*plain, *readers] if name in modes), model.tokenizer.vocabulary.end_of_document)

@@ -50,7 +50,8 @@ def generate(
             its own, which depends on its place in the list and not on the other prompts.
         forbidden_ids: ids that are never produced.
         attention: causal; prefix to read each prompt bidirectionally; encoder_decoder for an encoder that reads the prompts.
-        decoder_prompts: with attention=encoder_decoder, what the decoder of each prompt has written so far, its start token at least.
+        decoder_prompts: with attention=encoder_decoder, what the decoder of each prompt has written so far, its start token at least; with
+            attention=prefix, what was written after each prompt.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -212,10 +213,15 @@ def _first_batch(
     prompts: Sequence[Sequence[int]], decoder_prompts: Sequence[Sequence[int]] | None, attention: Attention, device: torch.device
 ) -> Batch:
     """All prompts, to be read at once."""
+    if attention == Attention.prefix:
+        written = [[] for _ in prompts] if decoder_prompts is None else decoder_prompts
+        tokens_BS, segments_BS = _pad_left([[*p, *w] for p, w in zip(prompts, written, strict=True)], device)
+        ends_B1 = tokens_BS.shape[1] - torch.tensor([len(w) for w in written], device=device)[:, None]
+        prefix_BS = torch.arange(tokens_BS.shape[1], device=device) < ends_B1
+        return _batch(tokens_BS, attention, segments_BS=segments_BS, prefix_BS=prefix_BS)
     tokens_BS, segments_BS = _pad_left(prompts, device)
     if attention != Attention.encoder_decoder:
-        prefix_BS = torch.ones_like(tokens_BS, dtype=torch.bool) if attention == Attention.prefix else None
-        return _batch(tokens_BS, attention, segments_BS=segments_BS, prefix_BS=prefix_BS)
+        return _batch(tokens_BS, attention, segments_BS=segments_BS)
     if decoder_prompts is None or len(decoder_prompts) != len(prompts):
         raise ValueError("attention=encoder_decoder needs one decoder prompt for each prompt: its start token at least")
     written_BS, written_segments_BS = _pad_left(decoder_prompts, device)

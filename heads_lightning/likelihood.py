@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
+from heads_lightning.data.tokenizer import Tokenizer
+from heads_lightning.evaluation import HiddenLine
 from heads_lightning.experiment import TrainedModel
 
 ROWS = 16
@@ -25,6 +27,17 @@ class TokenScores(NamedTuple):
 
 
 @torch.no_grad()
+def score_examples(model: TrainedModel, examples: Examples, attention: Attention, *, hits: bool = False) -> TokenScores:
+    """Likelihood of the labels of any examples."""
+    batch = Batch.from_examples(examples, attention).to(next(model.backbone.parameters()).device)
+    output = model.head(
+        model.backbone(batch), labels=batch.labels_BS, loss_reduction="none", z_loss_multiplier=0.0, return_logits=False, token_metrics=hits
+    )
+    labels_BS = examples.labels_BS
+    hits_BS = (output.correct.cpu().numpy() > 0) & (labels_BS != IGNORE) if hits else np.zeros(labels_BS.shape, bool)
+    return TokenScores(output.ce_loss.double().cpu().numpy(), hits_BS)
+
+
 def score_tokens(
     model: TrainedModel,
     tokens_BS: np.ndarray,
@@ -38,13 +51,13 @@ def score_tokens(
     if segments_BS is None:
         segments_BS = np.zeros(tokens_BS.shape, np.int32)
     arrays = (np.ascontiguousarray(tokens_BS), np.ascontiguousarray(labels_BS), np.ascontiguousarray(segments_BS))
-    device = next(model.backbone.parameters()).device
-    batch = Batch.from_examples(Examples(*arrays), attention).to(device)
-    output = model.head(
-        model.backbone(batch), labels=batch.labels_BS, loss_reduction="none", z_loss_multiplier=0.0, return_logits=False, token_metrics=hits
-    )
-    hits_BS = (output.correct.cpu().numpy() > 0) & (labels_BS != IGNORE) if hits else np.zeros(labels_BS.shape, bool)
-    return TokenScores(output.ce_loss.double().cpu().numpy(), hits_BS)
+    return score_examples(model, Examples(*arrays), attention, hits=hits)
+
+
+def encode_around(tokenizer: Tokenizer, question: HiddenLine) -> tuple[np.ndarray, np.ndarray]:
+    """int64 ids of what stands before and after a hole, as they are inside a document."""
+    prefix = (tokenizer.encode if question.begins_document else tokenizer.encode_inside)(question.prefix)
+    return prefix, tokenizer.encode_inside(question.suffix)
 
 
 class Row(NamedTuple):

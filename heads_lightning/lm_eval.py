@@ -37,8 +37,8 @@ def score_continuations(model: TrainedModel, pairs: Sequence[tuple[str, str]]) -
     rows = []
     for context, continuation in pairs:
         kept = context.rstrip()
-        encode = model.tokenizer.encode
-        before, target = encode(kept), encode(context[len(kept) :] + continuation)
+        before, rest = model.tokenizer.encode(kept), context[len(kept) :] + continuation
+        target = model.tokenizer.encode_inside(rest) if kept else model.tokenizer.encode(rest)
         rows.append(next_token_row(*_cut(model, before, target)))
     scores = score_rows(model, rows, hits=True)
     asked = [row.labels >= 0 for row in rows]

@@ -17,7 +17,7 @@ from heads_lightning.configs.objective import MaskedDiffusionConfig, MixtureConf
 from heads_lightning.evaluation import HiddenLine, bits_per_byte, clip_context, held_out_windows
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import denoise
-from heads_lightning.likelihood import Row, score_rows, score_tokens
+from heads_lightning.likelihood import Row, encode_around, score_rows, score_tokens
 from heads_lightning.objectives.base import SampleRandom, document_segments
 from heads_lightning.registry import ConfigError
 
@@ -110,9 +110,7 @@ def _hide(may_BS: np.ndarray, rng: SampleRandom) -> tuple[np.ndarray, np.ndarray
 
 def _around(model: TrainedModel, question: HiddenLine, length: int, *, with_suffix: bool) -> tuple[np.ndarray, np.ndarray]:
     """Ids before and after a hole of `length` tokens: as much as leaves it inside the length of training."""
-    encode = model.tokenizer.encode
-    suffix = encode(question.suffix) if with_suffix else np.zeros(0, np.int64)
-    prefix = encode(question.prefix)
+    prefix, suffix = encode_around(model.tokenizer, question if with_suffix else question._replace(suffix=""))
     prefix_kept, suffix_kept = clip_context(prefix, suffix, room=max(model.config.data.sequence_length - length - 1, 0))
     begins = question.begins_document and len(prefix_kept) == len(prefix)
     return np.concatenate([[model.tokenizer.vocabulary.end_of_document] * begins, prefix_kept]).astype(np.int64), suffix_kept
@@ -122,7 +120,7 @@ def bound_of_lines(model: TrainedModel, questions: Sequence[HiddenLine], *, with
     """Upper bound on the bits per byte of hidden lines given what is around them, of a masked diffusion model. Their length is given."""
     mask, rows, factors = _mask(model), [], []
     for number, question in enumerate(questions):
-        line = model.tokenizer.encode(question.line)
+        line = model.tokenizer.encode_inside(question.line)
         before, after = _around(model, question, len(line), with_suffix=with_suffix)
         rng = SampleRandom(SEED + 2, 0, LINE_DRAWS * number + np.arange(LINE_DRAWS))
         hidden_BS, factor_B = _hide(np.ones((LINE_DRAWS, len(line)), bool), rng)

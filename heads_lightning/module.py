@@ -9,7 +9,7 @@ step, so there is no schedule state to restore.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as lightning
@@ -40,7 +40,8 @@ class LanguageModule(lightning.LightningModule):
         optimizer: how weights are updated.
         schedule: factor of the learning rate by step.
         total_steps: optimizer steps of the whole run.
-        parts: names of the objective's loss components; validation reports each.
+        parts: names of the objective's loss components, each reported on its own: of validation, and of the training steps that are
+            logged.
         max_bad_steps: steps in a row that may have a gradient that is not finite before the run stops.
     """
 
@@ -66,8 +67,10 @@ class LanguageModule(lightning.LightningModule):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
         self.bad_steps_in_a_row = 0
-        self.totals = Totals()
+        self.totals = Totals(len(self.parts))
         """Sums since the last logged point; the metrics callback reads and clears them."""
+        self.logs_parts = False
+        """Sum the loss of each part in this training step too: one more pass of the head, without gradient. Set by the metrics callback."""
         self._validation = Totals()
         self.statistics: list[float] = []
         """Of the head, summed over the latest validation (HeadLoss.statistics)."""
@@ -86,7 +89,11 @@ class LanguageModule(lightning.LightningModule):
 
     def score(self, batch: Batch, *, divisor: float | None) -> HeadLoss:
         """The loss of a micro-batch (Head.loss): the one way in which a step reads the weights."""
-        return self.head.loss(self.backbone(batch), batch, divisor=divisor)
+        hidden_BSD = self.backbone(batch)
+        if self.logs_parts and self.parts and divisor is not None:
+            with torch.no_grad():
+                self.totals.add_parts(self.head.loss(hidden_BSD.detach(), batch, divisor=None), batch)
+        return self.head.loss(hidden_BSD, batch, divisor=divisor)
 
     def training_step(self, step: list[Batch], batch_idx: int) -> None:
         """One optimizer step over this rank's micro-batches."""
@@ -213,6 +220,11 @@ class Totals:
             self._accumulate("statistics", output.statistics)
         self._accumulate("loss", losses_BS.sum())
         self.targets += batch.counted
+        self.add_parts(output, batch)
+
+    def add_parts(self, output: HeadLoss, batch: Batch) -> None:
+        """Add to the loss of each part, from losses that are per target."""
+        losses_BS = output.loss.detach().double()
         for i in range(self.num_parts):
             inside_BS = (batch.labels_BS != IGNORE) & _part_is(batch, i)
             self._accumulate(f"part_loss_{i}", losses_BS.masked_fill(~inside_BS, 0.0).sum())
@@ -223,6 +235,11 @@ class Totals:
     def read(self) -> dict[str, float]:
         """The sums as numbers (this is where the host waits for the device)."""
         return {name: float(value) for name, value in self._tensors.items() if value.ndim == 0}
+
+    def part_means(self, sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+        """`loss_NAME` of every part that has targets, from what `read` gave, summed over the ranks."""
+        targets = [sums.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
+        return {f"loss_{name}": sums[f"part_loss_{i}"] / targets[i] for i, name in enumerate(names) if targets[i]}
 
     def over_ranks(self, device: torch.device, world_size: int) -> Sums:
         """Sums over all ranks."""

@@ -1,15 +1,17 @@
 """Infilling problems of others, from local files: HumanEval-Infilling (OpenAI, arXiv 2207.14255) and SAFIM (arXiv 2403.04814).
 
 Both are lines of JSON, plain or gzipped. A problem is a prefix, a suffix and the answer of a person; tests decide whether a program with
-another middle is right. Answers are taken as the model ends them: SAFIM's own truncation by syntax is not applied, so its published
-numbers are not to be compared with these.
+another middle is right. Answers to HumanEval-Infilling are taken as the model ends them, those to SAFIM are cut as SAFIM cuts them: see
+`truncated`.
 """
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,8 @@ class Problem(NamedTuple):
     tests: tuple[tuple[str, tuple[str, ...]], ...]
     """(standard input, right outputs); empty: the program tests itself by failing, or there is no test (`tested`)."""
     tested: bool
+    kind: str = ""
+    """SAFIM: what is missing, `block`, `control` (an expression) or `api` (a call). Empty: of another collection."""
 
 
 def read_problems(file: str, most: int | None = None) -> list[Problem]:
@@ -88,7 +92,76 @@ def _safim(record: dict[str, Any], file: str) -> Problem:
         lambda answer: record["eval_prompt"].replace(_COMPLETION, answer),
         cases,
         bool(cases),
+        str(record.get("task_id", "")).partition("_")[0],
     )
+
+
+# -- where SAFIM ends an answer -----------------------------------------------------------------------------------------
+
+
+def truncated(problem: Problem, answer: str) -> str:
+    """The part of an answer that SAFIM counts (arXiv 2403.04814, section 3.4, and its published post-processors).
+
+    A block loses lines from its end until the program parses and nothing outside the hole is another statement than with `pass` in it;
+    here Python's own parser decides, and blocks of other languages are left as they are. An expression of a control structure is the first
+    line that is not blank, or in languages with brackets what stands before the bracket that closes the structure's. A call ends with its
+    bracket.
+    """
+    if problem.kind == "block" and problem.language == "python":
+        return _truncated_block(problem, answer)
+    if problem.kind == "control" and problem.language == "python":
+        return next((line for line in answer.splitlines() if line.strip()), "")
+    if problem.kind in ("control", "api"):
+        return _balanced(answer, closed=problem.kind == "api")
+    return answer
+
+
+def _truncated_block(problem: Problem, answer: str) -> str:
+    around = _trace(problem.program("pass"))
+    lines = answer.splitlines(keepends=True)
+    while lines and not _only_the_hole_differs(around, _trace(problem.program("".join(lines)))):
+        lines.pop()
+    return "".join(lines)
+
+
+def _only_the_hole_differs(around: list[str] | None, program: list[str] | None) -> bool:
+    """Whether a program is another one with more in the place of its `pass`."""
+    if around is None or program is None or len(program) < len(around):
+        return False
+    front = next((k for k, (a, b) in enumerate(zip(around, program, strict=False)) if a != b), len(around))
+    back = next((k for k, (a, b) in enumerate(zip(reversed(around), reversed(program), strict=False)) if a != b), len(around))
+    return front + back >= len(around) - len(_PASS)
+
+
+_PASS = ["<Pass", "Pass>"]
+
+
+def _trace(program: str) -> list[str] | None:
+    """The nodes of a program as they begin and end; None if it does not parse."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+    def visit(node: ast.AST) -> Iterator[str]:
+        yield f"<{type(node).__name__}"
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child)
+        yield f"{type(node).__name__}>"
+
+    return list(visit(tree))
+
+
+def _balanced(answer: str, *, closed: bool) -> str:
+    """Up to a closing bracket: the one of the first that is open (`closed`), or before one that nothing opened."""
+    depth = 0
+    for k, character in enumerate(answer):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if character == ")" and depth <= (0 if closed else -1):
+            return answer[: k + closed]
+    return answer
 
 
 class ProblemReport(NamedTuple):
@@ -113,6 +186,7 @@ def judge(problems: Sequence[Problem], answers: Sequence[str], *, execute: bool)
         problems, answers: one for each.
         execute: run the programs (see execution.run_program).
     """
+    answers = [truncated(problem, answer) for problem, answer in zip(problems, answers, strict=True)]
     pairs = [(answer.strip(), problem.answer.strip()) for answer, problem in zip(answers, problems, strict=True)]
     reasons = [
         failure(problem, answer) for problem, answer in zip(problems, answers, strict=True) if execute and problem.tested and runs(problem)

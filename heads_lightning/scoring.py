@@ -32,7 +32,7 @@ from heads_lightning.evaluation import (
 )
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
-from heads_lightning.likelihood import ROWS, Row, next_token_row, score_rows, score_tokens
+from heads_lightning.likelihood import ROWS, Row, encode_around, next_token_row, score_rows, score_tokens
 from heads_lightning.objectives.base import document_segments
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
@@ -102,11 +102,10 @@ def evaluate(model: TrainedModel, prepared: PreparedData | PreparedRecords) -> O
     if isinstance(prepared, PreparedRecords):
         return Outcome(report, [])
     report.protocol = protocol(prepared.manifest.content_hash, model.config.data.validation_fraction, config)
-    if fills_spans(model.config.objective):
-        return _evaluate_spans(model, prepared, report)
+    if fills_spans(model.config.objective) and not can_read_left_to_right(model):
+        report.left_to_right_refusal = f"objective={model.config.objective.name} has none: it writes what sentinels hide, not running text"
     if isinstance(model.config.data, RepeatConfig):
-        if can_read_left_to_right(model):
-            _copy_accuracy(model, prepared, report)
+        _copy_accuracy(model, prepared, report)
         return Outcome(report, [])
     held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
     stream = np.concatenate([shard.tokens for shard in prepared.validation.shards])
@@ -128,49 +127,27 @@ def _score_lines(model: TrainedModel, training: list[str], questions: list[Hidde
     report.floors = floors(training, questions)
     report.prefix_bits_per_byte = _bits_of(model, questions, with_suffix=False)
     report.infill_bits_per_byte = _bits_of(model, questions, with_suffix=True)
-    if not can_infill(model):
+    if not answers_holes(model):
         return []
     report.stop_accuracy = stop_accuracy(model, questions)
     answers, stopped = infill_lines(model, questions)
-    return _answered(model, report, questions, answers, stopped).samples
+    return _answered(model, report, questions, answers, stopped)
 
 
-def _evaluate_spans(model: TrainedModel, prepared: PreparedData, report: Report) -> Outcome:
-    """Of an encoder-decoder that fills sentinels: hidden lines. Its decoder reads no text from left to right."""
-    report.left_to_right_refusal = (
-        f"objective={model.config.objective.name} has none: the decoder writes what sentinels hide, not running text"
-    )
-    if isinstance(model.config.data, RepeatConfig):
-        questions = [_copy_question(text) for text in islice(prepared.texts("validation"), COPIES)]
-        report.hidden_lines = len(questions)
-        longest = _longest(model, questions)
-        outputs = [span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=longest) for shown in (False, True)]
-        shares = [_share_right(model, questions, output) for output in outputs]
-        report.copy_accuracy_prefix, report.copy_accuracy_infill = shares
-        return Outcome(report, [])
-    held_out, training = list(prepared.texts("validation")), list(prepared.texts("train"))
-    questions = hidden_lines(held_out, model.config.evaluation)
-    report.hidden_lines = len(questions)
-    if not questions:
-        return Outcome(report, [])
-    report.floors = floors(training, questions)
-    report.prefix_bits_per_byte = span_filling.line_bits_per_byte(model, questions, with_suffix=False)
-    report.infill_bits_per_byte = span_filling.line_bits_per_byte(model, questions, with_suffix=True)
-    longest = model.config.evaluation.max_new_tokens
-    outputs = span_filling.fill(model, questions, max_new_tokens=longest)
-    stopped = sum(len(o) < longest for o in outputs) / len(outputs)
-    return _answered(model, report, questions, [model.tokenizer.decode(o) for o in outputs], stopped)
+def answers_holes(model: TrainedModel) -> bool:
+    """True for models that write what is missing between two texts, and end it."""
+    return can_infill(model) or fills_spans(model.config.objective)
 
 
-def _answered(model: TrainedModel, report: Report, questions: Sequence[HiddenLine], answers: Sequence[str], stopped: float) -> Outcome:
-    """How right the infills are, and a few of them to look at."""
+def _answered(model: TrainedModel, report: Report, questions: Sequence[HiddenLine], answers: Sequence[str], stopped: float) -> list[Sample]:
+    """How right the infills are; returns a few of them to look at."""
     config = model.config.evaluation
     pairs = [(a.strip(), q.line.strip()) for a, q in zip(answers, questions, strict=True)]
     report.infill_exact_match = sum(a == b for a, b in pairs) / len(pairs)
     report.infill_edit_similarity = sum(edit_similarity(a, b) for a, b in pairs) / len(pairs)
     report.infill_stopped = stopped
     chosen = [int((k + 0.5) * len(questions) / config.samples) for k in range(min(config.samples, len(questions)))]
-    return Outcome(report, [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen])
+    return [Sample(questions[i].prefix, answers[i], questions[i].line, questions[i].suffix) for i in chosen]
 
 
 def _score_spans(model: TrainedModel, questions: list[HiddenLine], report: Report) -> None:
@@ -180,7 +157,7 @@ def _score_spans(model: TrainedModel, questions: list[HiddenLine], report: Repor
     report.random_spans = len(questions)
     report.random_span_prefix_bits_per_byte = _bits_of(model, questions, with_suffix=False)
     report.random_span_bits_per_byte = _bits_of(model, questions, with_suffix=True)
-    if can_infill(model):
+    if answers_holes(model):
         answers, _ = infill_lines(model, questions)
         report.random_span_exact_match = sum(a == q.line for a, q in zip(answers, questions, strict=True)) / len(questions)
 
@@ -191,6 +168,8 @@ def _bits_of(model: TrainedModel, questions: list[HiddenLine], *, with_suffix: b
         return masked.bound_of_lines(model, questions, with_suffix=with_suffix)
     if can_infill(model) if with_suffix else can_read_left_to_right(model):
         return line_bits_per_byte(model, questions, with_suffix=with_suffix)
+    if fills_spans(model.config.objective):
+        return span_filling.line_bits_per_byte(model, questions, with_suffix=with_suffix)
     return None
 
 
@@ -217,17 +196,16 @@ def _prompt(
     model: TrainedModel, question: HiddenLine, *, with_suffix: bool, layout: str | None = None, room: int | None = None
 ) -> np.ndarray:
     """Token ids before the hidden line, in the layout of training; at most `room` of them are text."""
-    encode, config = model.tokenizer.encode, model.config
+    config = model.config
     if room is None:
         # as much context as leaves the answer inside the length that training saw
         longest = min(config.evaluation.max_new_tokens, config.data.sequence_length // 2)
         room = config.data.sequence_length - longest - 6
-    prefix, suffix = np.asarray(encode(question.prefix)), np.asarray(encode(question.suffix))
+    prefix, suffix = encode_around(model.tokenizer, question)
     if not with_suffix:
         suffix = suffix[:0]
     prefix_kept, suffix_kept = clip_context(prefix, suffix, room=room)
     begins = question.begins_document and len(prefix_kept) == len(prefix)
-    vocabulary = model.tokenizer.vocabulary
     vocabulary, asked = model.tokenizer.vocabulary, infilling(model)
     if not with_suffix:
         first = opening(model)
@@ -253,16 +231,18 @@ def line_bits_per_byte(model: TrainedModel, questions: Sequence[HiddenLine], *, 
 
 
 def _asked_row(model: TrainedModel, question: HiddenLine, *, with_suffix: bool) -> Row:
-    return next_token_row(_prompt(model, question, with_suffix=with_suffix), model.tokenizer.encode(question.line))
+    return next_token_row(_prompt(model, question, with_suffix=with_suffix), model.tokenizer.encode_inside(question.line))
 
 
 def stop_accuracy(model: TrainedModel, questions: Sequence[HiddenLine]) -> float:
     """Share of lines whose end the model knows: fed the true line, END is the likeliest token after it and nowhere before."""
+    if not can_infill(model):
+        return span_filling.stop_accuracy(model, questions)
     end = model.tokenizer.vocabulary.fim_end
     assert end is not None
     rows = []
     for question in questions:
-        prompt, line = _prompt(model, question, with_suffix=True), model.tokenizer.encode(question.line)
+        prompt, line = _prompt(model, question, with_suffix=True), model.tokenizer.encode_inside(question.line)
         tokens = np.concatenate([prompt, line]).astype(np.int64)
         labels = np.full(len(tokens), IGNORE, np.int64)
         labels[len(prompt) - 1 :] = end
@@ -273,17 +253,20 @@ def stop_accuracy(model: TrainedModel, questions: Sequence[HiddenLine]) -> float
 
 def infill_lines(model: TrainedModel, questions: Sequence[HiddenLine]) -> tuple[list[str], float]:
     """Greedy infills and the share of them that ended by themselves."""
-    prompts = [_prompt(model, q, with_suffix=True) for q in questions]
-    end = model.tokenizer.vocabulary.fim_end
-    assert end is not None
-    outputs = _generate(model, prompts, max_new_tokens=model.config.evaluation.max_new_tokens, stop_ids=[end])
-    stopped = sum(len(o) < model.config.evaluation.max_new_tokens for o in outputs) / max(len(outputs), 1)
+    longest, end = model.config.evaluation.max_new_tokens, model.tokenizer.vocabulary.fim_end
+    if can_infill(model):
+        assert end is not None
+        prompts = [_prompt(model, q, with_suffix=True) for q in questions]
+        outputs = _generate(model, prompts, max_new_tokens=longest, stop_ids=[end])
+    else:
+        outputs = span_filling.fill(model, questions, max_new_tokens=longest)
+    stopped = sum(len(o) < longest for o in outputs) / max(len(outputs), 1)
     return [model.tokenizer.decode(o) for o in outputs], stopped
 
 
 def infill_texts(model: TrainedModel, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """Greedy infills between texts of any kind (prefix, suffix)."""
-    if not can_infill(model):
+    if not answers_holes(model):
         raise ConfigError(f"objective={model.config.objective.name} did not train infilling; objective=fim does")
     return infill_lines(model, [HiddenLine(prefix, "", suffix, "", "", begins_document=True) for prefix, suffix in pairs])[0]
 
@@ -307,7 +290,7 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
     Raises:
         ConfigError: the model was not trained to infill, or not with the layout asked for.
     """
-    if fills_spans(model.config.objective):
+    if fills_spans(model.config.objective) and not can_infill(model):
         return span_filling.infill(model, prefix, suffix, request)
     if masked.is_diffusion(model):
         return masked.fill(
@@ -357,9 +340,18 @@ COPIES = 200
 def _copy_accuracy(model: TrainedModel, prepared: PreparedData, report: Report, *, count: int = COPIES) -> None:
     """data=repeat: hide the second line; it stands again in the suffix and nowhere in the prefix."""
     questions = [_copy_question(text) for text in islice(prepared.texts("validation"), count)]
+    asked = infilling(model)
+    if asked is None and fills_spans(model.config.objective):
+        outputs = [
+            span_filling.fill(model, questions, with_suffix=shown, max_new_tokens=_longest(model, questions)) for shown in (False, True)
+        ]
+        report.hidden_lines = len(questions)
+        report.copy_accuracy_prefix, report.copy_accuracy_infill = (_share_right(model, questions, output) for output in outputs)
+        return
+    if not can_read_left_to_right(model):
+        return
     report.hidden_lines = len(questions)
     report.copy_accuracy_prefix = _accuracy(model, questions, with_suffix=False, layout=None)
-    asked = infilling(model)
     if asked is not None:
         accuracies = (_accuracy(model, questions, with_suffix=True, layout=name) for name in asked.layouts.trained)
         report.copy_accuracy_infill = min(accuracies)
@@ -379,7 +371,7 @@ def _accuracy(model: TrainedModel, questions: Sequence[HiddenLine], *, with_suff
 
 def _truths(model: TrainedModel, questions: Sequence[HiddenLine]) -> list[list[int]]:
     """Ids of the hidden lines; that a line ends is no news."""
-    return [list(model.tokenizer.encode(q.line.strip())) for q in questions]
+    return [list(model.tokenizer.encode_inside(q.line.strip())) for q in questions]
 
 
 def _longest(model: TrainedModel, questions: Sequence[HiddenLine]) -> int:

@@ -196,6 +196,12 @@ def test_a_step_is_the_same_however_it_is_cut(world_size, micro_batch_size):
         assert len(share) == -(-(8 // world_size) // micro_batch_size)
 
 
+def test_steps_read_one_sample_after_the_other():
+    """None is left out and none comes twice, wherever training begins."""
+    taken = np.concatenate([rows(batches().step(step))[0] for step in range(6)])
+    np.testing.assert_array_equal(taken, stream(500).examples(0, 6 * 8).tokens_BS)
+
+
 def test_an_uneven_share_is_refused():
     with pytest.raises(ConfigError, match=r"trainer.global_batch_size=8 .*multiple of 3"):
         batches(world_size=3)

@@ -10,17 +10,19 @@ import pytest
 import torch
 from bigram import bigram_model
 
-from heads_lightning import masked
+from heads_lightning import masked, span_filling
 from heads_lightning.abilities import infilling
 from heads_lightning.batch import IGNORE
 from heads_lightning.configs.evaluation import EvaluationConfig
+from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import LONGEST_SPAN, hidden_lines, protocol, random_spans
+from heads_lightning.experiment import build_model
 from heads_lightning.generation import denoise, score
 from heads_lightning.lm_eval import HeadsLightningLM, continue_texts, score_continuations, score_texts
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.objectives.mixture import open_with
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import evaluate, infill_texts, stop_accuracy
+from heads_lightning.scoring import evaluate, infill, infill_texts, stop_accuracy
 
 ASK = ["evaluation.infill_lines=8", "evaluation.random_spans=8", "evaluation.text_tokens=2000", "evaluation.max_new_tokens=4"]
 
@@ -36,7 +38,7 @@ def bits_by_count(model, texts: list[str]) -> float:
     return math.log2(model.tokenizer.size) * tokens / sum(len(text.encode()) for text in texts)
 
 
-@pytest.mark.parametrize("objective", ["fim", "causal", "prefix_lm", "mlm", "masked_diffusion"])
+@pytest.mark.parametrize("objective", ["fim", "causal", "prefix_lm", "mlm", "masked_diffusion", "span_corruption", "ul2"])
 def test_a_model_that_knows_nothing_pays_for_every_token_alike(overrides, objective):
     """Every number of the protocol is log2 V bits a token: nothing is counted twice, left out, or divided by something else."""
     model, prepared = bigram_model([*overrides, f"objective={objective}"])
@@ -51,6 +53,8 @@ def test_a_model_that_knows_nothing_pays_for_every_token_alike(overrides, object
         "causal": {"left_to_right", "prefix", "random_span_prefix", "ngram"},
         "prefix_lm": {"left_to_right", "prefix", "random_span_prefix", "ngram"},
         "mlm": {"masked", "ngram"},
+        "span_corruption": {"infill", "prefix", "random_span", "random_span_prefix", "ngram"},
+        "ul2": {"left_to_right", "infill", "prefix", "random_span", "random_span_prefix", "ngram"},
         "masked_diffusion": {"masked", "bound", "infill", "prefix", "random_span", "random_span_prefix", "ngram"},
     }[objective]
     assert set(found) == {f"{name}_bits_per_byte" for name in expected}
@@ -76,14 +80,15 @@ def test_the_bound_of_a_uniform_model_is_exact_for_every_draw():
     assert np.abs(many.mean(axis=0) - 0.55).max() < 0.02  # every position alike: (1 + … + 10) / 100
 
 
-def test_stop_accuracy_is_about_the_end_and_nowhere_else(overrides):
+@pytest.mark.parametrize("objective", ["fim", "span_corruption"])
+def test_stop_accuracy_is_about_the_end_and_nowhere_else(overrides, objective):
     """A model that ends after every `)`: right for lines whose one `)` is their last token."""
-    model, prepared = bigram_model([*overrides, "objective=fim"])
+    model, prepared = bigram_model([*overrides, f"objective={objective}"])
     v = model.tokenizer.vocabulary
     (close,) = model.tokenizer.encode(")")
     table = torch.zeros(v.size, v.size)
-    table[:, v.end_of_document] = 1.0
-    table[close, v.fim_end] = 9.0
+    table[:, v.padding] = 1.0
+    table[close, v.fim_end if objective == "fim" else v.end_of_document] = 9.0
     with torch.no_grad():
         model.head.w_out.weight.copy_(table.T)
     lines = ["\nfoo(a )", "\nfoo", "\nfoo (b ) (c )"]
@@ -151,8 +156,6 @@ def test_a_mode_token_opens_every_piece_and_nothing_else_moves():
 
 class TestDenoise:
     def test_the_surest_come_first_and_the_rest_stays(self, overrides):
-        from heads_lightning.experiment import build_model
-
         model, _ = bigram_model([*overrides, "objective=masked_diffusion", "head=mlm"])
         backbone, head = build_model(model.config, model.tokenizer.size)
         mask, given = model.tokenizer.vocabulary.mask, model.tokenizer.encode("import os\n").tolist()
@@ -182,6 +185,64 @@ class TestDenoise:
             masked.fill(other, "", "", new_tokens=3)
         with pytest.raises(ConfigError, match="did not train infilling"):
             infill_texts(other, [("a", "b")])
+
+
+@pytest.fixture(scope="module")
+def span_model(overrides):
+    """A transformer that knows nothing, of span_corruption, and held-out texts."""
+    plain, prepared = bigram_model([*overrides, "objective=span_corruption", "objective.rate=0.1", "objective.mean_length=64"])
+    backbone, head = build_model(plain.config, plain.tokenizer.size)
+    return replace(plain, backbone=backbone.eval(), head=head.eval()), list(prepared.texts("validation"))
+
+
+class TestSentinelsOfADecoder:
+    """span_corruption and ul2 without an encoder: the hole is a sentinel in a prefix that is read from both sides."""
+
+    def test_a_question_is_laid_out_as_training_laid_out_examples(self, span_model):
+        asked, _ = span_model
+        objective, v = asked.config.objective.build(asked.tokenizer.vocabulary), asked.tokenizer.vocabulary
+        width = objective.window(64).length
+        ids = np.array([v.end_of_document, *asked.tokenizer.encode("x = [1, 2]\nfor i in x: print(i)\n" * 9)][:width])[None]
+        whole = 0
+        for index in range(30):
+            made = objective.examples(ids, SampleRandom(0, 0, np.array([index])), 64)
+            count, used = int(made.prefix_BS.sum()), int((made.segments_BS == 0).sum())
+            if (made.labels_BS == v.sentinels[1]).any():
+                continue  # a span that the roll has cut in two
+            hidden = made.labels_BS[0, count : used - 1]
+            rows = [span_filling._Asked(made.tokens_BS[0, :count], hidden, np.append(hidden, v.end_of_document))]
+            mine = span_filling._decoder_only(asked, rows)
+            assert np.array_equal(mine.tokens_BS, made.tokens_BS[:, :used])
+            assert np.array_equal(mine.prefix_BS, made.prefix_BS[:, :used])
+            assert np.array_equal(mine.labels_BS[0, count:], made.labels_BS[0, count:used])  # training also asks for the sentinel itself
+            whole += 1
+        assert whole > 10
+
+    def test_an_answer_is_what_scoring_finds_likeliest(self, span_model):
+        """Token by token with a cache, and all at once: the same prefix, the same places, the same end."""
+        asked, texts = span_model
+        questions = hidden_lines(texts, asked.config.evaluation)
+        answers = span_filling.fill(asked, questions, max_new_tokens=4)
+        assert any(answers)
+        for question, answer in zip(questions, answers, strict=True):
+            ids = np.array(answer, np.int64)
+            sources = span_filling.source(asked, question, with_suffix=True)
+            if len(ids):
+                (scores,) = span_filling._score(asked, [span_filling._Asked(sources, ids[:-1], ids)], hits=True)
+                assert scores.hits_BS[-len(ids) :].all()
+            v, text = asked.tokenizer.vocabulary, question
+            before, after = asked.tokenizer.encode(text.prefix), asked.tokenizer.encode(text.suffix)
+            at = sources.tolist().index(v.sentinels[0])
+            assert before.tolist()[len(before) - 3 :] == sources[max(at - 3, 0) : at].tolist()[-len(before) :][-3:]
+            assert after.tolist()[:3] == sources[at + 1 : at + 4].tolist()
+            assert len(sources) + 1 + 4 <= asked.config.data.sequence_length
+
+    def test_the_command_answers_and_refuses_a_layout(self, span_model):
+        asked, _ = span_model
+        request = InfillRequest(checkpoint="somewhere", max_new_tokens=3)
+        assert isinstance(infill(asked, "import os\n", "\nx = 1\n", request), str)
+        with pytest.raises(ConfigError, match="leave layout out"):
+            infill(asked, "a", "b", replace(request, layout="psm"))
 
 
 @pytest.fixture(scope="module")

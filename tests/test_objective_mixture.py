@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from objective_data import num_windows, vocabulary, windows
 
 from heads_lightning.batch import Attention
+from heads_lightning.composition import compose
 from heads_lightning.configs.objective import CausalConfig, FIMConfig, FIMCut, MixtureConfig, PrefixLMConfig, UL2Config, objectives
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.registry import ConfigError
+from heads_lightning.run import train
 
 
 def make(objective, length, indices):
@@ -110,3 +114,45 @@ def test_options_are_made_without_numpy():
     assert {"causal", "fim", "mlm", "prefix_lm", "span_corruption", "ul2", "mixture"} <= set(objectives)
     with pytest.raises(ConfigError, match="all 0"):
         UL2Config(r_weight=0, s_weight=0, x_weight=0)
+
+
+def logged(folder):
+    """Values of the training points of a run."""
+    points = [json.loads(line)["values"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [point for point in points if "train/loss" in point]
+
+
+class TestPartsInTraining:
+    """The loss of each part is logged in training too, and logging it changes nothing."""
+
+    PARTS = "objective.parts={read: {name: causal}, hole: {name: fim, rate: 1.0}}"
+
+    def points(self, tiny, folder, *more):
+        train(compose([*tiny, "objective=mixture", self.PARTS, *more]), folder)
+        return logged(folder)
+
+    def test_they_are_the_parts_of_the_loss(self, tiny, tmp_path):
+        points = self.points(tiny, tmp_path / "run")
+        assert len(points) == 4
+        seen = set()
+        for point in points:
+            parts = {name: value for name, value in point.items() if name.startswith("train/loss_")}
+            seen |= set(parts)
+            assert min(parts.values()) - 1e-6 <= point["train/loss"] <= max(parts.values()) + 1e-6
+        assert seen == {"train/loss_read", "train/loss_hole_left_to_right", "train/loss_hole_infill"}
+
+    def test_one_part_alone_is_the_loss(self, tiny, tmp_path):
+        train(compose([*tiny, "objective=fim", "objective.rate=0"]), tmp_path / "run")
+        point = logged(tmp_path / "run")[0]
+        assert point["train/loss_left_to_right"] == pytest.approx(point["train/loss"], rel=1e-5)
+        assert "train/loss_infill" not in point
+
+    def test_weights_do_not_depend_on_how_often_is_logged(self, tiny, tmp_path):
+        more = "backbone.dropout=0.3"
+        losses = [
+            train(compose([*tiny, "objective=mixture", self.PARTS, more, f"trainer.log_every_steps={n}"]), tmp_path / str(n)).metrics[
+                "val/loss"
+            ]
+            for n in (1, 4)
+        ]
+        assert losses[0] == losses[1]

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from heads_lightning.execution import is_offline, run_program
-from heads_lightning.problems import failure, judge, read_problems
+from heads_lightning.problems import failure, judge, read_problems, truncated
 from heads_lightning.registry import ConfigError
 
 HUMANEVAL = [
@@ -66,6 +66,47 @@ def test_safim(tmp_path):
     assert (report.problems, report.executed, report.pass_at_1) == (3, 1, 0.0)
     assert report.exact_match == pytest.approx(2 / 3)
     assert report.failures == {"output": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "kept"),
+    [
+        ("block", "c = a + b", "c = a + b"),
+        ("block", "c = a + b\nc += 0\nfor", "c = a + b\nc += 0\n"),  # the rest does not parse
+        ("block", "c = a + b\nif c:", "c = a + b\n"),  # nor does this one: nothing indented follows
+        ("block", "def (", ""),
+        ("control", "\n a + b  # sum\nprint(c)\n", " a + b  # sum"),
+        ("api", "numpy.add(a, (b)).sum()\nmore", "numpy.add(a, (b))"),
+        ("other", "anything (", "anything ("),
+    ],
+)
+def test_safim_ends_an_answer(tmp_path, kind, answer, kept):
+    (problem,) = read_problems(write(tmp_path / "s.jsonl", [SAFIM | {"task_id": f"{kind}_completion_1"}]))
+    assert truncated(problem, answer) == kept
+
+
+def test_a_block_of_safim_ends_where_the_structure_around_it_goes_on(tmp_path):
+    """A line that parses but belongs outside the hole is not part of the answer."""
+    record = {"task_id": "block_completion_2", "prompt": "for i in x:\n    # TODO: Your code here\nprint(c)\n"}
+    record["eval_prompt"] = "for i in x:\n    {{completion}}\nprint(c)\n"
+    (problem,) = read_problems(write(tmp_path / "s.jsonl", [SAFIM | record]))
+    assert truncated(problem, "c = i\n    c += 1\nprint(c)\nc = 3") == "c = i\n    c += 1\n"
+    report = judge([problem], ["c = a + b\n) ("], execute=False)
+    assert report.exact_match == 1  # of what is counted
+
+
+@pytest.mark.parametrize("language", ["java", "cpp", "csharp"])
+def test_safim_ends_an_expression_at_the_bracket_of_its_structure(tmp_path, language):
+    record = {
+        "task_id": "control_completion_3",
+        "lang": language,
+        "prompt": "for (/* TODO: Your code here */) {}",
+        "eval_prompt": "{{completion}}",
+    }
+    (problem,) = read_problems(write(tmp_path / "s.jsonl", [SAFIM | record]))
+    assert truncated(problem, "int i = f(0); i < n; i++) { c++; }") == "int i = f(0); i < n; i++"
+    block = problem._replace(kind="block")
+    assert truncated(block, "anything {") == "anything {"
 
 
 def test_nothing_runs_unless_asked(tmp_path):

@@ -132,4 +132,6 @@ def test_the_form_follows_the_backbone_in_mixtures_too() -> None:
     config, plain = compose([*T5, "objective=span_corruption"]), compose(["objective=span_corruption"])
     assert replace(config, objective=MixtureConfig(parts=parts)).objective.attention == Attention.encoder_decoder
     assert replace(plain, objective=MixtureConfig(parts=parts)).objective.attention == Attention.prefix
-    assert not fills_spans(compose(["objective=span_corruption"]).objective)
+    assert fills_spans(config.objective)
+    assert fills_spans(plain.objective)
+    assert not fills_spans(compose(["objective=prefix_lm"]).objective)

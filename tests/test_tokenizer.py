@@ -219,3 +219,55 @@ def test_identity_follows_the_contents_of_the_file(tmp_path):
     before = config.identity()
     byte_level("<b>").save(str(tmp_path / "tokenizer.json"))
     assert config.identity() != before
+
+
+def sentencepiece_style() -> tokenizers.Tokenizer:
+    """As Llama 2 and Code Llama: a space before every text, written ▁; what has no entry is spelt in bytes."""
+    from tokenizers import normalizers
+
+    entries = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127)), "▁x", "def", "▁def"]
+    merges = [("▁", "x"), ("d", "e"), ("de", "f"), ("▁", "def")]
+    entries += ["de"]
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab={e: i for i, e in enumerate(entries)}, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.add_special_tokens(["</s>", "▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"])
+    return inner
+
+
+def test_a_text_inside_a_document_has_no_space_before_it(tmp_path):
+    """Code Llama's rule for suffix and middle: as they were tokenised in the whole document."""
+    tokenizer = load(tmp_path, sentencepiece_style())
+    spelled = tokenizer.vocabulary.token_bytes
+
+    def text(ids) -> bytes:
+        return b"".join(spelled[i] for i in ids.tolist())
+
+    for inside in ("def f", "x", " x = 1", "\nx", "é", "☺"):
+        assert text(tokenizer.encode(inside)) == f" {inside}".encode()
+        assert text(tokenizer.encode_inside(inside)) == inside.encode()
+        whole = tokenizer.encode("a(" + inside)
+        assert whole.tolist() == [*tokenizer.encode("a("), *tokenizer.encode_inside(inside)]
+    assert tokenizer.encode_inside("").tolist() == []
+    byte = ByteConfig().build([])
+    assert byte.encode_inside("x y").tolist() == byte.encode("x y").tolist()
+
+
+def test_an_infilling_prompt_of_code_llama(tmp_path, tiny):
+    from bigram import bigram_model
+
+    from heads_lightning.evaluation import HiddenLine
+    from heads_lightning.scoring import _prompt
+
+    load(tmp_path, sentencepiece_style())
+    overrides = [o for o in tiny if not o.startswith("tokenizer.")]
+    model, _ = bigram_model([*overrides, "tokenizer=huggingface", f"tokenizer.path={tmp_path}", "objective=fim", "objective.cut=token"])
+    v = model.tokenizer.vocabulary
+    assert v.fim_format == "code_llama"
+    question = HiddenLine("def f", "", "x = 1", "", "", begins_document=True)
+    shown = [model.tokenizer.inner.id_to_token(int(i)) for i in _prompt(model, question, with_suffix=True, layout="psm")]
+    assert shown == ["</s>", "▁<PRE>", "▁def", "▁", "f", "▁<SUF>", "x", "▁", "=", "▁", "1", "▁<MID>"]
+    inside = [*_prompt(model, question._replace(begins_document=False), with_suffix=True, layout="psm")]
+    assert [model.tokenizer.inner.id_to_token(int(i)) for i in inside][:2] == ["▁<PRE>", "def"]

@@ -1,14 +1,11 @@
-"""The traps that a type system, or a test of a second, can rule out. One test for each that has no home elsewhere.
-
-Elsewhere: bidirectional trunks with next-token targets and causal ones with masks are refused while composing
-(test_configs: every pair of objective, backbone and head), and the future is shown to be unseen (test_backbones: causal never sees the
-future); unequal label counts and cut batches (test_training: loss and weights do not depend on how the batch is cut, two processes);
-heads × losses × z-loss, soft cap, ties (test_heads: matrix of heads, losses and features; ties that cannot be are refused).
-"""
+"""The traps that a type system, or a test of a second, can rule out: every one, and where it is shown (`TRAPS`). Those without another
+home are here."""
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +36,60 @@ from heads_lightning.data.shards import Shard
 from heads_lightning.data.stream import SampleStream
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.registry import ConfigError
+
+TRAPS = {
+    "a bidirectional model with next-token targets": [
+        "test_configs.test_every_pair_of_objective_backbone_and_head_composes_or_is_refused_in_a_sentence",
+        "test_traps.test_the_attention_of_objective_and_backbone_agree",
+        "test_traps.test_changing_the_next_token_moves_no_logit_before_it",
+        "test_backbones.test_causal_never_sees_the_future",
+    ],
+    "a causal model with masked targets": [
+        "test_configs.test_every_pair_of_objective_backbone_and_head_composes_or_is_refused_in_a_sentence",
+        "test_traps.test_the_attention_of_objective_and_backbone_agree",
+        "test_backbones.test_bidirectional_sees_the_future",
+    ],
+    "packed documents attend to each other": [
+        "test_traps.test_another_first_document_leaves_the_logits_of_the_second_bit_equal",
+        "test_backbones.test_packed_documents_are_isolated_and_equal_to_themselves_alone",
+        "test_t5_model.test_packed_sequences_are_computed_as_if_alone",
+    ],
+    "labels shifted twice, or never": [
+        "test_traps.test_a_copy_task_reaches_zero_and_a_shifted_one_does_not",
+        "test_traps.test_masked_targets_stand_where_they_are_hidden",
+    ],
+    "a mean over unequal counts of labels": [
+        "test_traps.test_gradients_are_equal_however_a_step_is_cut",
+        "test_training.test_loss_and_weights_do_not_depend_on_how_the_batch_is_cut",
+        "test_training.test_two_processes_give_the_weights_of_one",
+        "test_parallel.test_sharded_ranks_give_the_weights_of_one_process",
+    ],
+    "the last partial window of accumulation": [
+        "test_traps.test_gradients_are_equal_however_a_step_is_cut",
+        "test_training.test_loss_and_weights_do_not_depend_on_how_the_batch_is_cut",
+    ],
+    "the end of a document used as padding and masked out": ["test_traps.test_document_ends_are_learnt_even_where_padding_has_their_id"],
+    "special ids past the vocabulary, padded rows predicted": [
+        "test_traps.test_every_special_id_is_inside_the_vocabulary",
+        "test_traps.test_padded_rows_of_a_tied_embedding_have_no_logits",
+    ],
+    "tied weights with a normalized head; z-loss and soft cap with fused losses": [
+        "test_traps.test_a_tied_normalized_head_is_refused_in_a_sentence",
+        "test_heads.test_matrix_of_heads_losses_and_features",
+        "test_heads.test_ties_that_cannot_be_are_refused",
+        "test_losses.test_declared_features_are_computed_without_falling_back",
+    ],
+}
+"""Where each trap is shown to be none."""
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_every_trap_has_its_tests(trap):
+    """A test that is renamed or dropped is missed here."""
+    for reference in TRAPS[trap]:
+        file, _, name = reference.partition(".")
+        tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text(encoding="utf-8"))
+        assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}, reference
 
 
 def make(config, length=64, count=40, seed=0):

@@ -1,13 +1,16 @@
 """How fast are the objectives, and how much faster than the ways in common use? One process, one thread, interleaved repeats.
 
-    python experiments/benchmarks/transforms.py [--tokens 400000] [--batch 64] [--length 512] [--repeats 5] [--json FILE]
+    python experiments/benchmarks/transforms.py [--tokens 400000] [--batch 64 256] [--length 512] [--repeats 5] [--json FILE]
 
-Data: the standard library's source, byte-level BPE of 4096 entries. Figures are raw tokens per CPU-second. Peers are written here in
+Data: the standard library's source, byte-level BPE of 4096 entries. Figures are raw tokens per CPU-second, from windows (or, for
+transformers, rows) that are in memory to examples; reading is part of data.py. Peers are written here in
 the style of public code: fill in the middle by decoding a piece, cutting the text and encoding its three parts (Megatron, bigcode);
 masking by transformers' DataCollatorForLanguageModeling, when transformers and torch are installed.
 
 `cold` draws new cuts in each repeat, so that most of the work is encoding cells not met before; `warm` repeats the same cuts, which is
-the cost of all the rest. Training is between the two: its tables fill with the run.
+the cost of all the rest. Training is between the two: its tables fill with the run. `floor` writes the arrays of examples and nothing
+else, and gathers the ids of pieces in a random order first: no transform into new arrays is faster. A batch is what a rank makes at
+once, its share of an optimizer step; small ones pay for a few hundred calls of numpy each.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,7 +33,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from heads_lightning.configs.objective import FIMConfig, FIMCut, FIMLevel, MLMConfig, MLMCount, MLMUnit, ObjectiveConfig, objectives
-from heads_lightning.objectives.base import SampleRandom, Vocabulary
+from heads_lightning.objectives.base import SampleRandom, Vocabulary, gather_ranges
 
 SPECIAL = [f"<|{name}|>" for name in ("eod", "pad", "mask", "pre", "suf", "mid", "end", *(f"extra_{k}" for k in range(100)))]
 
@@ -70,9 +74,12 @@ def corpus(num_tokens: int) -> tuple[Tokenizer, Vocabulary, np.ndarray]:
 
 
 def ours(config: ObjectiveConfig, vocabulary: Vocabulary, stream: np.ndarray, batch: int, length: int, *, warm: bool) -> Callable[[], int]:
-    """A function that transforms the whole stream once; it returns the raw tokens that it covered."""
+    """A function that transforms the whole stream once; it returns the raw tokens that it covered. Windows are there already."""
     objective = config.build(vocabulary)
     stride, width = objective.window(length)
+    count = (len(stream) - width) // stride
+    batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
+    windows = [stream[indices[:, None] * stride + np.arange(width)].astype(np.int64) for indices in batches]
     epoch = 0
 
     def whole() -> int:
@@ -81,13 +88,27 @@ def ours(config: ObjectiveConfig, vocabulary: Vocabulary, stream: np.ndarray, ba
         if objective.rewrites_stream:
             objective.rewrite(stream, 0, epoch)
             return len(stream)
-        done = 0
-        for first in range(0, (len(stream) - width) // stride, batch):
-            indices = np.arange(first, min(first + batch, (len(stream) - width) // stride))
-            windows = stream[indices[:, None] * stride + np.arange(width)]
-            objective.examples(windows, SampleRandom(0, epoch, indices), length)
-            done += len(indices) * stride
-        return done
+        for indices, tokens_BR in zip(batches, windows, strict=True):
+            objective.examples(tokens_BR, SampleRandom(0, epoch, indices), length)
+        return count * stride
+
+    return whole
+
+
+def floor(stream: np.ndarray, batch: int, length: int, *, gather: bool) -> Callable[[], int]:
+    """Copies of the windows into the four arrays of examples; before that, if asked, one gather of seven ranges a row."""
+    count = (len(stream) - 1) // length
+    windows = [stream[first * length : (first + batch) * length + 1].astype(np.int64) for first in range(0, count - batch + 1, batch)]
+    rng, ranges = np.random.default_rng(0), 7 * batch
+    edges = np.sort(rng.choice(batch * length, ranges - 1, replace=False) + 1)
+    starts, lengths = np.append(0, edges), np.diff(edges, prepend=0, append=batch * length + 1)
+    order = rng.permutation(ranges)
+
+    def whole() -> int:
+        for window in windows:
+            ids = window.take(gather_ranges(starts[order], lengths[order])) if gather else window
+            _ = ids[:-1].copy(), ids[1:].copy(), np.zeros(batch * length, np.int32), np.zeros(batch * length, np.int8)
+        return len(windows) * batch * length
 
     return whole
 
@@ -139,7 +160,7 @@ def collator(tokenizer: Tokenizer, stream: np.ndarray, batch: int, length: int) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--syntax", action="store_true", help="also cuts of the syntax tree: slow")
@@ -147,13 +168,24 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     tokenizer, vocabulary, stream = corpus(args.tokens)
+    tables = {batch: measure(tokenizer, vocabulary, stream, batch, args) for batch in args.batch}
+    if args.json:
+        facts = {"tokens": len(stream), "length": args.length, "repeats": args.repeats}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"settings": facts, "rows_by_batch": tables}, indent=1) + "\n")
+
+
+def measure(tokenizer: Tokenizer, vocabulary: Vocabulary, stream: np.ndarray, batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every case, at one size of batch; prints a table and returns it."""
 
     def run(config: ObjectiveConfig, *, warm: bool = False) -> Callable[[], int]:
-        return ours(config, vocabulary, stream, args.batch, args.length, warm=warm)
+        return ours(config, vocabulary, stream, batch, args.length, warm=warm)
 
     char, token = FIMCut.char, FIMCut.token
     reencode, masking = "decode, cut, encode three parts", "DataCollatorForLanguageModeling"
     cases: dict[str, tuple[Callable[[], int] | None, str]] = {
+        "floor: copy": (floor(stream, batch, args.length, gather=False), ""),
+        "floor: gather and copy": (floor(stream, batch, args.length, gather=True), ""),
         f"{reencode}, rate 0.5": (decode_and_encode(tokenizer, stream, args.length, 0.5), ""),
         f"{reencode}, rate 1": (decode_and_encode(tokenizer, stream, args.length, 1.0), ""),
         "fim char, rate 0.5, cold": (run(FIMConfig(rate=0.5, cut=char)), f"{reencode}, rate 0.5"),
@@ -164,7 +196,7 @@ def main() -> None:
         "fim char, rate 1, documents, warm": (run(FIMConfig(rate=1.0, level=FIMLevel.document), warm=True), f"{reencode}, rate 1"),
         "fim token, rate 0.5": (run(FIMConfig(rate=0.5, cut=token)), f"{reencode}, rate 0.5"),
         "fim token, rate 1": (run(FIMConfig(rate=1.0, cut=token)), f"{reencode}, rate 1"),
-        masking: (collator(tokenizer, stream, args.batch, args.length), ""),
+        masking: (collator(tokenizer, stream, batch, args.length), ""),
         "mlm 80/10/10, tokens": (run(MLMConfig()), masking),
         "mlm 80/10/10, words": (run(MLMConfig(unit=MLMUnit.word)), masking),
         "mlm 80/10/10, spans": (run(MLMConfig(unit=MLMUnit.span)), masking),
@@ -185,7 +217,7 @@ def main() -> None:
             done = f()
             if repeat:  # the first fills tables and caches
                 seconds[name].append((time.process_time() - start) / done)
-    print(f"{len(stream)} tokens, windows of {args.length}, batches of {args.batch}, median of {args.repeats}")
+    print(f"{len(stream)} tokens, windows of {args.length}, batches of {batch}, median of {args.repeats}")
     table = []
     for name, values in seconds.items():
         peer = cases[name][1]
@@ -193,10 +225,7 @@ def main() -> None:
         speed = 1e-6 / statistics.median(values)
         table.append({"transform": name, "mtok_per_cpu_second": round(speed, 2), "ratio": ratio and round(ratio, 1), "peer": peer})
         print(f"{name:48s} {speed:8.1f} Mtok/s" + (f"   {ratio:6.1f} x {peer}" if ratio else ""))
-    if args.json:
-        facts = {"tokens": len(stream), "length": args.length, "batch": args.batch, "repeats": args.repeats}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"settings": facts, "rows": table}, indent=1) + "\n")
+    return table
 
 
 if __name__ == "__main__":

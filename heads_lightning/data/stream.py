@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from heads_lightning.batch import Examples
 from heads_lightning.data.shards import Shard
@@ -22,8 +23,6 @@ _ROUNDS = 10
 _LEAST_BITS = 4
 _BLOCK = 4096
 """Samples whose places are computed together: permuting 32 indices costs as much as reading 32 windows, 4,096 not much more."""
-_GATHER_BELOW = 256
-"""Windows shorter than this are gathered by one fancy index; longer ones row by row, which then is the faster copy."""
 
 
 def permute(indices: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -145,22 +144,22 @@ class SampleStream:
         return cached[2]
 
     def _of_epoch(self, epoch: int, indices_B: np.ndarray, trained: np.ndarray | None) -> Examples:
-        tokens_BR = np.empty((len(indices_B), self._window.length), np.int64)
         shards_B = np.searchsorted(self._first_window, indices_B, side="right") - 1
-        for shard in np.unique(shards_B).tolist():
-            rows = np.flatnonzero(shards_B == shard)
-            self._read(epoch, shard, indices_B[rows] - self._first_window[shard], tokens_BR, rows)
+        used = np.unique(shards_B).tolist()
+        if len(used) == 1:
+            tokens_BR = self._read(epoch, used[0], indices_B)
+        else:
+            tokens_BR = np.empty((len(indices_B), self._window.length), np.int64)
+            for shard in used:
+                rows = np.flatnonzero(shards_B == shard)
+                tokens_BR[rows] = self._read(epoch, shard, indices_B[rows])
         return self._objective.examples(tokens_BR, SampleRandom(self._seed, epoch, indices_B, trained), self._sequence_length)
 
-    def _read(self, epoch: int, shard: int, windows: np.ndarray, tokens_BR: np.ndarray, rows: np.ndarray) -> None:
-        """Copy windows of a shard into rows."""
+    def _read(self, epoch: int, shard: int, windows_B: np.ndarray) -> np.ndarray:
+        """int64 [B, R]: windows of one shard, copied from the file in one go."""
         stream, length = self._stream(epoch, shard), self._window.length
-        starts = windows * self._window.stride + self._phase(epoch, shard, len(stream))
-        if length < _GATHER_BELOW:
-            tokens_BR[rows] = stream[starts[:, None] + np.arange(length)]
-        else:
-            for row, start in zip(rows.tolist(), starts.tolist(), strict=True):
-                tokens_BR[row] = stream[start : start + length]
+        starts_B = (windows_B - self._first_window[shard]) * self._window.stride + self._phase(epoch, shard, len(stream))
+        return sliding_window_view(stream, length)[starts_B].astype(np.int64)
 
     def _count(self, stream_tokens: int) -> int:
         """Windows of a shard: as many as leave room to shift them by any number of tokens below the stride, but one if one fits."""

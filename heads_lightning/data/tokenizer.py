@@ -60,6 +60,8 @@ def own_roles(num_sentinels: int) -> Roles:
 _END_SPELLINGS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<|eos|>", "[SEP]")
 _PADDING_SPELLINGS = ("<|pad|>", "<pad>", "[PAD]", "<|fim_pad|>", "<fim_pad>", "<|finetune_right_pad_id|>")
 _MASK_SPELLINGS = ("<|mask|>", "<mask>", "[MASK]")
+_GUARDS = ("☺", "\x02", "¶")
+"""Characters that hardly a vocabulary merges with what follows."""
 
 
 class Tokenizer:
@@ -85,12 +87,36 @@ class Tokenizer:
         """int64 [number of tokens]: the ids of a text, nothing added."""
         return self.encode_batch([text])[0]
 
+    def encode_inside(self, text: str) -> np.ndarray:
+        """int64 [number of tokens]: the ids of a text that goes on from another one.
+
+        SentencePiece puts a space before every text that it is given; inside a document none is there. (Code Llama, arXiv 2308.12950,
+        leaves it out before suffix and middle.)
+        """
+        if not text or not self._opens_with_space:
+            return self.encode(text)
+        for guard in _GUARDS:  # a token that merges with nothing takes the space, and is cut off
+            opening, ids = self.encode(guard), self.encode(guard + text)
+            if np.array_equal(ids[: len(opening)], opening):
+                return ids[len(opening) :]
+        return self.encode(text)
+
+    @cached_property
+    def _opens_with_space(self) -> bool:
+        texts = ("x", f"{_GUARDS[0]}x")
+        spelled = [b"".join(self.vocabulary.token_bytes[token] for token in self.encode(text).tolist()) for text in texts]
+        return spelled == [f" {text}".encode() for text in texts]
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of many texts, on all threads unless TOKENIZERS_PARALLELISM=false."""
         if self._byte_ids is not None:  # a table look-up, some hundred times as fast as merging nothing
             return [self._byte_ids[np.frombuffer(text.encode("utf-8"), np.uint8)] for text in texts]
         encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def _encode_one(self, text: str) -> list[int]:
+        """Ids of a short text, several times as fast as a batch of one."""
+        return self.encode(text).tolist() if self._byte_ids is not None else self.inner.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, show_special: bool = False) -> str:
         """Text of ids; special tokens are spelled out or left out. Broken UTF-8 becomes U+FFFD."""
@@ -146,7 +172,7 @@ class Tokenizer:
             special_V=np.array([not b for b in token_bytes]),
             token_bytes=token_bytes,
             word_start_V=np.array([b[:1] in _WORD_BREAKS for b in token_bytes]),
-            encode=lambda text: self.encode(text).tolist(),
+            encode=self._encode_one,
         )
 
     def _token_bytes(self) -> tuple[bytes, ...]:

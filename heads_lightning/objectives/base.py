@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -56,14 +57,28 @@ class Window(NamedTuple):
     """Tokens of a window; those past `stride` are seen by the next window too (a label needs one token more than the input)."""
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_WORD = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_STEP = np.uint64(_GOLDEN)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
+_FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea & Flood 2014): a bijection of uint64 whose output bits look independent."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x ^ (x >> _SHIFTS[0])
+    x *= _FACTORS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _FACTORS[1]
+    x ^= x >> _SHIFTS[2]
+    return x
+
+
+def _mix_one(x: int) -> int:
+    """_mix of one number: arithmetic of Python, since numpy takes ten times as long over a scalar."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _WORD
+    return x ^ (x >> 31)
 
 
 class SampleRandom:
@@ -80,14 +95,15 @@ class SampleRandom:
     """
 
     def __init__(self, seed: int, epoch: int, indices: np.ndarray, trained: np.ndarray | None = None) -> None:
-        with np.errstate(over="ignore"):
-            key = _mix(np.asarray([seed], np.int64).astype(np.uint64) + _GOLDEN)
-            self._run_key = int(key[0])
-            key = _mix(key + np.uint64(epoch) * _GOLDEN)
-            self._key_B = _mix(key + np.asarray(indices).astype(np.uint64) * _GOLDEN)
+        self._run_key = _mix_one((seed + _GOLDEN) & _WORD)
+        self._epoch_key = _mix_one((self._run_key + epoch * _GOLDEN) & _WORD)
         self._indices_B = np.asarray(indices)
         self.trained_B = None if trained is None else np.asarray(trained, np.int64)
         self._drawn = 0
+
+    @cached_property
+    def _key_B(self) -> np.ndarray:
+        return _mix(np.uint64(self._epoch_key) + self._indices_B.astype(np.uint64) * _STEP)
 
     @property
     def rows(self) -> int:
@@ -97,7 +113,7 @@ class SampleRandom:
     def select(self, rows: np.ndarray) -> SampleRandom:
         """Fresh numbers (none drawn yet) of some of the samples."""
         chosen = object.__new__(SampleRandom)
-        chosen._key_B, chosen._run_key, chosen._drawn = self._key_B[rows], self._run_key, 0
+        chosen._run_key, chosen._epoch_key, chosen._drawn = self._run_key, self._epoch_key, 0
         chosen._indices_B, chosen.trained_B = self._indices_B[rows], None if self.trained_B is None else self.trained_B[rows]
         return chosen
 
@@ -108,19 +124,17 @@ class SampleRandom:
         thereby covers [0, 1) evenly, and yet each row is a function of its own sample alone.
         """
         number_B = self._indices_B if self.trained_B is None else self.trained_B // sequence_length
-        with np.errstate(over="ignore"):
-            return ((np.uint64(self._run_key) + number_B.astype(np.uint64) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
+        return _fraction(np.uint64(self._run_key) + number_B.astype(np.uint64) * _STEP)
 
     def bits(self, count: int) -> np.ndarray:
         """uint64 [B, count], uniform."""
-        with np.errstate(over="ignore"):
-            counter = np.arange(self._drawn + 1, self._drawn + count + 1, dtype=np.uint64) * _GOLDEN
-            self._drawn += count
-            return _mix(self._key_B[:, None] + counter[None, :])
+        counter = np.arange(self._drawn + 1, self._drawn + count + 1, dtype=np.uint64) * _STEP
+        self._drawn += count
+        return _mix(self._key_B[:, None] + counter)
 
     def uniform(self, count: int) -> np.ndarray:
         """float64 [B, count], uniform in [0, 1)."""
-        return (self.bits(count) >> np.uint64(11)) * 2.0**-53
+        return _fraction(self.bits(count))
 
     def uint16(self, count: int) -> np.ndarray:
         """uint16 [B, count], uniform: a quarter of the cost of uniform, for one draw a token."""
@@ -135,13 +149,17 @@ class SampleRandom:
 
         For a few draws at places that depend on the data. A `stream` is apart from every other stream and from `bits`.
         """
-        with np.errstate(over="ignore"):
-            key = self._key_B ^ _mix(np.asarray([stream + 1]).astype(np.uint64) * _GOLDEN)
-            return _mix(key[rows] + (np.asarray(slots) + 1).astype(np.uint64) * _GOLDEN)
+        key_B = self._key_B ^ np.uint64(_mix_one((stream + 1) * _GOLDEN & _WORD))
+        return _mix(key_B[rows] + (np.asarray(slots) + 1).astype(np.uint64) * _STEP)
 
     def uniform_at(self, rows: np.ndarray, slots: np.ndarray, stream: int = 0) -> np.ndarray:
         """float64, uniform in [0, 1): see bits_at."""
-        return (self.bits_at(rows, slots, stream) >> np.uint64(11)) * 2.0**-53
+        return _fraction(self.bits_at(rows, slots, stream))
+
+
+def _fraction(bits: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1): the upper 53 bits."""
+    return (bits >> np.uint64(11)) * 2.0**-53
 
 
 class Ramp(NamedTuple):
@@ -203,10 +221,24 @@ class Objective(ABC):
 def gather_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int64: the indices start, start + 1, …, start + length - 1 of every range, one range after the other."""
     ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
     indices = np.repeat(starts - (ends - lengths), lengths)
-    indices += np.arange(total, dtype=np.int64)
+    indices += counting(len(indices))
     return indices
+
+
+_counted = np.arange(0)
+
+
+def counting(count: int) -> np.ndarray:
+    """int64 [count], read only: 0, 1, 2, … without writing them anew each time (up to 8 MB of them)."""
+    global _counted
+    if count > len(_counted):
+        if count > 1 << 20:
+            return np.arange(count)
+        fresh = np.arange(max(2 * count, 1 << 16))
+        fresh.flags.writeable = False
+        _counted = fresh
+    return _counted[:count]
 
 
 def require_roles(vocabulary: Vocabulary, roles: tuple[str, ...], objective: str) -> tuple[int, ...]:
@@ -231,9 +263,12 @@ def ordinary_ids(vocabulary: Vocabulary, objective: str) -> np.ndarray:
 def document_segments(tokens_BR: np.ndarray, end_of_document: int) -> np.ndarray:
     """int32 [B, R]: number of the document that each position belongs to, from 0 in each row; the marker opens its document."""
     rows, width = tokens_BR.shape
-    starts = tokens_BR == end_of_document
-    starts[:, 0] = True
-    at = np.flatnonzero(starts)  # few: a repeat of runs costs half of a running sum over every position
-    first = np.searchsorted(at, np.arange(rows) * width)
-    number = np.arange(len(at)) - np.repeat(first, np.diff(first, append=len(at)))
-    return np.repeat(number.astype(np.int32), np.diff(at, append=rows * width)).reshape(rows, width)
+    opens = tokens_BR == end_of_document
+    opens[:, 0] = True
+    starts = np.flatnonzero(opens)  # few: a repeat of runs costs half of a running sum over every position
+    row = starts // width
+    number = counting(len(starts)) - np.flatnonzero(starts == row * width)[row]
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = rows * width - starts[-1:]
+    return np.repeat(number.astype(np.int32), lengths).reshape(rows, width)

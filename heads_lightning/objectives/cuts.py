@@ -5,7 +5,7 @@ each stood alone. Tokenising whole parts again would cost a thousand times the r
 the tokens between the last place before the cut and the first place after it where every common pre-tokenizer splits text whatever
 the context (a letter or digit before white space, a letter before punctuation, …, see `_SAFE`). Encoding is independent on the two
 sides of such a place, so the ids equal those of encoding each part in full; a test shows it on thousands of cuts, and `CharCutter`
-probes it for the tokenizer at hand. Cells repeat, so their parts are kept in a table.
+probes it for the tokenizer at hand.
 
 Positions are flat indices into the tokens of a batch. The ids of a part are three ranges of at most: stream, encoded, stream.
 """
@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from heads_lightning.objectives.base import Vocabulary, gather_ranges
+from heads_lightning.objectives.base import Vocabulary
+from heads_lightning.objectives.slices import SliceEncoder, Slices
 from heads_lightning.objectives.syntax import SyntaxPlaces
 from heads_lightning.registry import ConfigError
 
@@ -26,9 +27,10 @@ from heads_lightning.registry import ConfigError
 class Parts(NamedTuple):
     """Ids of prefix, middle and suffix of P pieces, as ranges of `concatenate([tokens, extra])`."""
 
-    starts_P7: np.ndarray
-    """int64 [P, 7]: prefix 2 ranges (stream, extra), middle 3 (extra, stream, extra), suffix 2 (extra, stream)."""
-    lengths_P7: np.ndarray
+    starts_7P: np.ndarray
+    """int64 [7, P]: 0 is the prefix's in the stream, 1 to 4 are what is encoded left and right of the two cuts, 5 is the middle's in the
+    stream, 6 the suffix's. So the prefix is 0, 1; the middle 2, 5, 3; the suffix 4, 6."""
+    lengths_7P: np.ndarray
     extra: np.ndarray
     """Ids that are not in the stream: what was encoded anew."""
 
@@ -38,7 +40,7 @@ class Measured(NamedTuple):
 
     tokens: np.ndarray
     places: np.ndarray
-    """Running count of the places to cut at. Empty: one place a token."""
+    """Places to cut at before each token, and in all. Empty: one place a token."""
 
 
 class Cutter(ABC):
@@ -70,27 +72,41 @@ class TokenCutter(Cutter):
     """Cuts between tokens."""
 
     def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
-        at_P2 = starts[:, None] + (draws_P2 * (ends - starts + 1)[:, None]).astype(np.int64)
-        at_P2.sort(axis=1)
-        return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), text.tokens[:0])
+        at_2P = starts + (draws_P2.T * (ends - starts + 1)).astype(np.int64)
+        at_2P.sort(axis=0)
+        return _parts(starts, ends, at_2P, at_2P)
 
 
-def _ranges(
-    starts: np.ndarray, ends: np.ndarray, left_P2: np.ndarray, right_P2: np.ndarray, encoded_P42: np.ndarray, extra: np.ndarray
+def _parts(
+    starts: np.ndarray,
+    ends: np.ndarray,
+    left_2P: np.ndarray,
+    right_2P: np.ndarray,
+    encoded: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
 ) -> Parts:
-    """Parts from what each cut keeps: the stream up to left and from right on, and four encoded ranges (start, length) between."""
-    zero = np.zeros_like(starts)
-    middle = np.maximum(left_P2[:, 1] - right_P2[:, 0], 0)
-    (pre, pre_n), (mid_a, mid_a_n), (mid_b, mid_b_n), (suf, suf_n) = ((encoded_P42[:, k, 0], encoded_P42[:, k, 1]) for k in range(4))
-    return Parts(
-        np.stack([starts, pre, mid_a, right_P2[:, 0], mid_b, suf, right_P2[:, 1]], axis=1),
-        np.stack([left_P2[:, 0] - starts, pre_n, mid_a_n, middle + zero, mid_b_n, suf_n, ends - right_P2[:, 1]], axis=1),
-        extra,
-    )
+    """Parts from what each cut keeps: the stream up to left and from right on.
+
+    `encoded`: starts and lengths [4, P] of what stands between, left and right of each cut, and the ids that they point into.
+    """
+    starts_7P, lengths_7P = np.empty((2, 7, len(starts)), np.int64)
+    starts_7P[0], starts_7P[5], starts_7P[6] = starts, right_2P[0], right_2P[1]
+    lengths_7P[0], lengths_7P[5], lengths_7P[6] = left_2P[0] - starts, left_2P[1] - right_2P[0], ends - right_2P[1]
+    if encoded is None:
+        starts_7P[1:5] = lengths_7P[1:5] = 0
+        return Parts(starts_7P, lengths_7P, starts[:0])
+    starts_7P[1:5], lengths_7P[1:5], extra = encoded
+    return Parts(starts_7P, lengths_7P, extra)
 
 
 _REACH = 8
 """Tokens looked at on each side of a cut at once; longer cells (minified code, unspaced scripts) are found one by one."""
+_AROUND = np.arange(-_REACH, _REACH)
+_BITS = np.arange(1 << 2 * _REACH)[:, None] >> np.arange(2 * _REACH) & 1
+_BITS[:, -1] = 1  # of the two tokens that it would be between, one is another cut's
+_BEFORE = np.where(_BITS[:, :_REACH].any(axis=1), _BITS[:, _REACH - 1 :: -1].argmax(axis=1), _REACH)
+_AFTER = _BITS[:, _REACH:].argmax(axis=1) + 1
+"""Tokens from a cut back to a place where pre-tokens part, and on to one, by the places that do: bit k is the one before the token
+at + k + 1 - reach. The reach where there is none."""
 
 _LETTER, _DIGIT, _MARK, _SPACE, _NEWLINE, _SPECIAL, _ANY = (1 << k for k in range(7))
 _SAFE = {
@@ -127,20 +143,17 @@ class CharCutter(Cutter):
     """
 
     spare = 4
-    table_size = 1 << 17
-    """Entries of the tables of encoded cells and texts; a full table is emptied. Affects speed alone."""
 
     def __init__(self, vocabulary: Vocabulary, *, lines: bool = False, nodes: bool = False) -> None:
         """`lines`: cut only where a line begins, and at the ends of a piece. `nodes`: around a node, where a piece parses."""
         self._lines = lines
         self._bytes = [*vocabulary.token_bytes] + [b""] * (vocabulary.size - len(vocabulary.token_bytes))
         self._encode_text = vocabulary.encode
-        self._byte_ids = {text: token for token, text in enumerate(self._bytes) if len(text) == 1}
-        if not all(bytes([b]) in self._byte_ids for b in range(128, 256)):
+        self.slices = SliceEncoder(self._bytes, vocabulary.encode)
+        if not self.slices.knows_all_bytes:
             raise ConfigError("objective.cut=char needs a byte-level tokenizer (a token for each byte); use objective.cut=token")
         self._single = max(map(len, self._bytes)) <= 1  # nothing is ever merged: a cut changes no ids
         self._byte_tables()
-        self._clear()
         self._nodes: SyntaxPlaces | None = None
         self._probe()
         if nodes:
@@ -160,9 +173,9 @@ class CharCutter(Cutter):
         source = np.concatenate([ids, parts.extra]).tolist()
         texts = b"".join(self._bytes[token] for token in ids.tolist())
         exact = texts == _PROBE.encode()
-        for starts, lengths in zip(parts.starts_P7.tolist(), parts.lengths_P7.tolist(), strict=True):
+        for starts, lengths in zip(parts.starts_7P.T.tolist(), parts.lengths_7P.T.tolist(), strict=True):
             spans = [source[a : a + n] for a, n in zip(starts, lengths, strict=True)]
-            for part in (spans[0] + spans[1], spans[2] + spans[3] + spans[4], spans[5] + spans[6]):
+            for part in (spans[0] + spans[1], spans[2] + spans[5] + spans[3], spans[4] + spans[6]):
                 text = b"".join(self._bytes[token] for token in part)
                 exact = exact and self._encode_text(text.decode()) == part
         if not exact:
@@ -179,187 +192,95 @@ class CharCutter(Cutter):
         self._size_V = np.array([len(text) for text in self._bytes], np.int64)
         self._count_V = np.array([len(x) for x in places], np.int32)
         self._place = np.array([*(k for x in places for k in x), 0], np.int64)
-        self._place_end_V = np.cumsum(self._count_V, dtype=np.int64)
+        self._place_first_V = np.cumsum(self._count_V, dtype=np.int64) - self._count_V
         self._ends_V = np.array([not text.endswith(b"\n") for text in self._bytes], np.int32)
         kinds = [_kind(byte) for byte in range(256)]
         inside = {(kinds[a], kinds[b]) for text in set(self._bytes) for a, b in pairwise(text)}
         safe = _SAFE | {_MARK: _SAFE[_MARK] | sum(kind for kind in (_LETTER, _NEWLINE) if (_MARK, kind) not in inside)}
-        self._begin_V = np.array([(kinds[text[0]] if text else _SPECIAL) | _ANY for text in self._bytes], np.uint8)
-        self._end_V = np.array([(safe.get(kinds[text[-1]], 0) if text else _ANY) | _SPECIAL for text in self._bytes], np.uint8)
+        begin_V = np.array([(kinds[text[0]] if text else _SPECIAL) | _ANY for text in self._bytes], np.uint16)
+        end_V = np.array([(safe.get(kinds[text[-1]], 0) if text else _ANY) | _SPECIAL for text in self._bytes], np.uint16)
+        self._edges_V = begin_V | end_V << 8
+        """uint16 [V]: low byte, the kind that a token begins with; high byte, the kinds before which a pre-token ends with it."""
 
     def measure(self, tokens: np.ndarray) -> Measured:
-        count = self._count_V[tokens]
-        return Measured(tokens, np.cumsum(count, dtype=np.int32 if len(tokens) < 1 << 24 else np.int64))
+        places = np.zeros(len(tokens) + 1, np.int32 if len(tokens) < 1 << 24 else np.int64)
+        np.cumsum(self._count_V.take(tokens), out=places[1:])
+        return Measured(tokens, places)
 
     def cut(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> Parts:
-        at_P2, byte_P2 = self._places(text, starts, ends, draws_P2)
+        at_2P, byte_2P = self._places(text, starts, ends, draws_P2)
         if self._nodes is not None:
-            self._nodes.put(text.tokens, starts, ends, draws_P2, at_P2, byte_P2)
+            self._nodes.put(text.tokens, starts, ends, draws_P2, at_2P.T, byte_2P.T)
         if self._single:
-            return _ranges(starts, ends, at_P2, at_P2, np.zeros((len(starts), 4, 2), np.int64), text.tokens[:0])
-        left_P2, right_P2, near = self._find_cells(text.tokens, starts, ends, at_P2, byte_P2)
-        encoded_P42, extra = self._encode_cells(text.tokens, at_P2, byte_P2, left_P2, right_P2, near)
-        return _ranges(starts, ends, left_P2, right_P2, encoded_P42, extra)
+            return _parts(starts, ends, at_2P, at_2P)
+        left_2P, right_2P = self._find_cells(text.tokens, starts, ends, at_2P, byte_2P)
+        slices = _slices(left_2P, at_2P, byte_2P, right_2P)
+        lengths, ids = self.slices.encode(text.tokens, slices)
+        begins = len(text.tokens) + np.cumsum(lengths) - lengths
+        return _parts(starts, ends, left_2P, right_2P, (begins.reshape(4, -1), lengths.reshape(4, -1), ids))
 
     def _places(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two places a piece, in order: the token that each falls in (or the piece's end), and before which byte of it."""
         tokens, count = text
-        before = count[starts] - self._count_V[tokens[starts]]
-        inner = count[ends - 1] - before
-        # between characters: before each, and the end; between lines: the start, after each line end, and the end if it is not one
-        open_end = self._ends_V[tokens[ends - 1]] if self._lines else 0
-        places_P2 = (draws_P2 * (inner + 1 + open_end)[:, None]).astype(count.dtype)
-        places_P2.sort(axis=1)
-        places_P2 -= self._lines
-        at_P2 = np.minimum(np.searchsorted(count, places_P2 + before[:, None], side="right"), ends[:, None])
-        at_P2 = np.where(places_P2 < 0, starts[:, None], at_P2)
-        inside = (at_P2 < ends[:, None]) & (places_P2 >= 0)
-        token_P2 = at_P2 * inside
-        id_P2 = tokens[token_P2]
-        nth = places_P2 + before[:, None] - count[token_P2] + self._place_end_V[id_P2]
-        byte_P2 = self._place[nth * inside] * inside
+        before = count[starts]
+        inner = count[ends] - before
+        if self._lines:  # the start, after each line end, and the end if it is not one; characters: before each, and the end
+            inner += self._ends_V[tokens[ends - 1]]
+        place_2P = (draws_P2.T * (inner + 1)).astype(count.dtype)
+        place_2P.sort(axis=0)
+        wanted_2P = place_2P + (before - self._lines)
+        at_2P = np.minimum(count[1:].searchsorted(wanted_2P, side="right"), ends)
+        if self._lines:
+            at_2P = np.where(place_2P == 0, starts, at_2P)
+        inside_2P = at_2P < ends
+        if self._lines:
+            inside_2P &= place_2P > 0
+        nth_2P = self._place_first_V[tokens.take(at_2P, mode="clip")] + (wanted_2P - count[at_2P])
+        byte_2P = self._place.take(nth_2P, mode="clip") * inside_2P
         if not self._lines:
-            return at_P2, byte_P2
-        whole = inside & (byte_P2 == self._size_V[id_P2])  # after the token's last byte is before the next token
-        return at_P2 + whole, byte_P2 * ~whole
+            return at_2P, byte_2P
+        whole_2P = inside_2P & (byte_2P == self._size_V[tokens.take(at_2P, mode="clip")])  # after a token's last byte: before the next
+        return at_2P + whole_2P, byte_2P * ~whole_2P
 
     def _find_cells(
-        self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, at_P2: np.ndarray, byte_P2: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The cell [left, right) of each cut, empty where the cut falls between cells; and the tokens around it, [P, 2, 2 reach]."""
-        border = at_P2[..., None] + np.arange(1 - _REACH, _REACH)  # safe[…, k] is about the place before the token at border[…, k]
-        near = tokens.take(at_P2[..., None] + np.arange(-_REACH, _REACH), mode="clip")
-        safe = (self._end_V[near[..., :-1]] & self._begin_V[near[..., 1:]]) != 0
-        safe |= (border <= starts[:, None, None]) | (border >= ends[:, None, None])
-        before, after = safe[..., _REACH - 1 :: -1], safe[..., _REACH:]
-        left_P2, right_P2 = at_P2 - before.argmax(axis=2), at_P2 + 1 + after.argmax(axis=2)
-        between = (byte_P2 == 0) & before[..., 0]
-        right_P2[between] = at_P2[between]
-        for piece, k in zip(*np.nonzero(~(before.any(axis=2) & after.any(axis=2)) & ~between), strict=True):
-            cell = self._find_long_cell(tokens, int(starts[piece]), int(ends[piece]), int(at_P2[piece, k]))
-            left_P2[piece, k], right_P2[piece, k] = cell
-        return left_P2, right_P2, near
+        self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray, at_2P: np.ndarray, byte_2P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The cell [left, right) of each cut, empty where the cut falls between cells."""
+        edges = self._edges_V.take(tokens.take(at_2P[..., None] + _AROUND, mode="clip")).reshape(-1)
+        safe = np.zeros(edges.shape, bool)  # row by row, safe[k]: whether pre-tokens part before the token at + k + 1 - reach
+        np.not_equal(edges[:-1] >> 8 & edges[1:], 0, out=safe[:-1])
+        rows_2P = np.packbits(safe, bitorder="little").view("<u2").reshape(at_2P.shape)
+        before_2P, after_2P = _BEFORE[rows_2P], _AFTER[rows_2P]
+        left_2P, right_2P = np.maximum(at_2P - before_2P, starts), np.minimum(at_2P + after_2P, ends)
+        between_2P = (byte_2P == 0) & ((left_2P == at_2P) | (at_2P == ends))
+        unknown_2P = ((before_2P == _REACH) & (left_2P > starts)) | ((after_2P == _REACH) & (right_2P < ends))
+        for k, piece in zip(*np.nonzero(unknown_2P & ~between_2P), strict=True):
+            cell = self._find_long_cell(tokens, int(starts[piece]), int(ends[piece]), int(at_2P[k, piece]))
+            left_2P[k, piece], right_2P[k, piece] = cell
+        return np.where(between_2P, at_2P, left_2P), np.where(between_2P, at_2P, right_2P)
 
     def _find_long_cell(self, tokens: np.ndarray, start: int, end: int, at: int) -> tuple[int, int]:
+        edges = self._edges_V
         left, right = at, at + 1
-        while left > start and not self._end_V[tokens[left - 1]] & self._begin_V[tokens[left]]:
+        while left > start and not edges[tokens[left - 1]] >> 8 & edges[tokens[left]]:
             left -= 1
-        while right < end and not self._end_V[tokens[right - 1]] & self._begin_V[tokens[right]]:
+        while right < end and not edges[tokens[right - 1]] >> 8 & edges[tokens[right]]:
             right += 1
         return left, right
 
-    def _encode_cells(
-        self, tokens: np.ndarray, at_P2: np.ndarray, byte_P2: np.ndarray, left_P2: np.ndarray, right_P2: np.ndarray, near: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of the parts of every cell: ranges [P, 4, 2] as _ranges wants them, and the ids that they point into."""
-        full_P2 = right_P2 > left_P2
-        both_P = full_P2.all(axis=1) & (left_P2[:, 0] == left_P2[:, 1])  # one cell holds both cuts: cells are the same or apart
-        full_P2[:, 1] &= ~both_P
-        piece, k = np.nonzero(full_P2)
-        left, right, at, byte = (x[piece, k] for x in (left_P2, right_P2, at_P2, byte_P2))
-        both = both_P[piece]
-        jobs = _Jobs(left, right, at, byte, np.where(both, at_P2[piece, 1], -1), np.where(both, byte_P2[piece, 1], -1))
-        found_J32 = self._look_up(tokens, jobs, near[piece, k])
-        ranges_P42 = np.zeros((len(at_P2), 4, 2), np.int64)
-        ranges_P42[piece, 2 * k], ranges_P42[piece, 2 * k + 1] = found_J32[:, 0], found_J32[:, 1]
-        ranges_P42[piece[both], 3] = found_J32[both, 2]
-        lengths = ranges_P42[..., 1].reshape(-1)
-        extra = self._pool[gather_ranges(ranges_P42[..., 0].reshape(-1), lengths)].astype(tokens.dtype)
-        ranges_P42[..., 0] = (len(tokens) + np.cumsum(lengths) - lengths).reshape(-1, 4)
-        return ranges_P42, extra
 
-    def _look_up(self, tokens: np.ndarray, jobs: _Jobs, near_J: np.ndarray) -> np.ndarray:
-        """Ranges of the pool [J, 3, 2]: the ids left of the (first) cut of each cell, right of it, and right of a second cut."""
-        if len(self._cells) + len(jobs.at) > self.table_size or len(self._texts) > self.table_size:
-            self._clear()
-        left, right = (jobs.left - jobs.at)[:, None], (jobs.right - jobs.at)[:, None]
-        relative = np.arange(-_REACH, _REACH)
-        key = np.empty((len(jobs.at), 2 * _REACH + 3), np.int32)
-        key[:, :-3] = np.where((relative >= left) & (relative < right), near_J, -1)
-        key[:, -3], key[:, -2], key[:, -1] = jobs.byte, np.where(jobs.at2 < 0, -1, jobs.at2 - jobs.at), jobs.byte2
-        long = np.flatnonzero((left[:, 0] < -_REACH) | (right[:, 0] > _REACH))
-        key[long, 0], key[long, 1] = -2, long  # the key holds too little of such a cell: never shared
-        packed, width, cells = key.tobytes(), key.shape[1] * 4, self._cells
-        names = [packed[i : i + width] for i in range(0, len(packed), width)]
-        missing = [j for j, name in enumerate(names) if name not in cells]
-        if missing:
-            self._encode_missing(tokens, jobs, names, missing)
-        found = self._entries[[cells[name] for name in names]]
-        for j in long.tolist():
-            del cells[names[j]]
-        return found
+def _slices(left_2P: np.ndarray, at_2P: np.ndarray, byte_2P: np.ndarray, right_2P: np.ndarray) -> Slices:
+    """What is encoded anew, 4 slices a piece: left and right of the first cut and of the second, up to the edges of their cells.
 
-    def _clear(self) -> None:
-        self._texts: dict[bytes, list[int]] = {}
-        self._cells: dict[bytes, int] = {}
-        self._entries = np.zeros((0, 3, 2), np.int64)
-        self._pool = np.zeros(0, np.int64)
-        self._num_entries = self._num_pool = 0
-
-    def _encode_missing(self, tokens: np.ndarray, jobs: _Jobs, names: list[bytes], missing: list[int]) -> None:
-        """Add the cells of the jobs `missing` to the table."""
-        pool: list[int] = []
-        ranges: list[tuple[int, int]] = []
-        for j in missing:
-            if names[j] in self._cells:
-                continue  # twice in one batch
-            self._cells[names[j]] = self._num_entries + len(ranges) // 3
-            for text in self._cell_texts(tokens, *(int(x[j]) for x in jobs)):
-                ids = self._texts.get(text)
-                if ids is None:
-                    ids = self._texts[text] = self._encode(text)
-                ranges.append((self._num_pool + len(pool), len(ids)))
-                pool += ids
-        self._entries = _put(self._entries, self._num_entries, np.array(ranges, np.int64).reshape(-1, 3, 2))
-        self._pool = _put(self._pool, self._num_pool, np.array(pool, np.int64))
-        self._num_entries += len(ranges) // 3
-        self._num_pool += len(pool)
-
-    def _cell_texts(self, tokens: np.ndarray, left: int, right: int, at: int, byte: int, at2: int, byte2: int) -> tuple[bytes, ...]:
-        """The cell's bytes before its first cut, between its cuts, and after: (before, after, nothing) when it has one."""
-        texts = [self._bytes[token] for token in tokens[left:right].tolist()]
-        text = b"".join(texts)
-        first = sum(map(len, texts[: at - left])) + byte
-        if at2 < 0:
-            return text[:first], text[first:], b""
-        second = sum(map(len, texts[: at2 - left])) + byte2
-        return text[:first], text[first:second], text[second:]
-
-    def _encode(self, text: bytes) -> list[int]:
-        """Ids of a text; of bytes that are no whole characters (at a window's edge), those of single bytes."""
-        try:
-            return self._encode_text(text.decode())
-        except UnicodeDecodeError:
-            pass
-        head = 0
-        while head < len(text) and text[head] & 0xC0 == 0x80:
-            head += 1
-        tail = len(text)
-        try:
-            body = text[head:].decode()
-        except UnicodeDecodeError as error:
-            tail = head + error.start
-            body = text[head:tail].decode()
-        return [*self._single_bytes(text[:head]), *self._encode_text(body), *self._single_bytes(text[tail:])]
-
-    def _single_bytes(self, text: bytes) -> list[int]:
-        return [self._byte_ids[text[k : k + 1]] for k in range(len(text))]
-
-
-def _put(array: np.ndarray, at: int, values: np.ndarray) -> np.ndarray:
-    """`array` with `values` from `at` on; made longer, at least twice, when it is too short."""
-    if at + len(values) > len(array):
-        array = np.concatenate([array[:at], np.zeros((at + 2 * len(values) + 1024, *array.shape[1:]), array.dtype)])
-    array[at : at + len(values)] = values
-    return array
-
-
-class _Jobs(NamedTuple):
-    """Cells to look up: the cell, the cut in it, and a second cut (−1: none)."""
-
-    left: np.ndarray
-    right: np.ndarray
-    at: np.ndarray
-    byte: np.ndarray
-    at2: np.ndarray
-    byte2: np.ndarray
+    Where one cell holds both cuts (cells are the same or apart), the second slice ends at the second cut and the third is empty; and, in
+    place, the second cell is made to begin where the first one ends.
+    """
+    first, last, skip, stop = np.zeros((4, 4, at_2P.shape[1]), np.int64)
+    first[0::2], first[1::2] = left_2P, at_2P
+    last[0::2], last[1::2] = at_2P, right_2P
+    stop[0::2], skip[1::2] = byte_2P, byte_2P
+    both = np.flatnonzero(left_2P[1] < right_2P[0])
+    last[1, both] = first[2, both] = at_2P[1, both]
+    stop[1, both] = skip[2, both] = byte_2P[1, both]
+    left_2P[1, both] = right_2P[0, both]
+    return Slices(first.reshape(-1), skip.reshape(-1), last.reshape(-1), stop.reshape(-1))

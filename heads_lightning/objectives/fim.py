@@ -32,6 +32,7 @@ from heads_lightning.objectives.base import (
     SampleRandom,
     Vocabulary,
     Window,
+    counting,
     document_segments,
     gather_ranges,
     require_roles,
@@ -41,18 +42,22 @@ from heads_lightning.registry import ConfigError
 
 _PLAIN, _PSM, _SPM1, _SPM2, _SUFFIX_FIRST = range(5)
 _SPM = {SPMLayout.variant1: _SPM1, SPMLayout.variant2: _SPM2, SPMLayout.suffix_first: _SUFFIX_FIRST}
-# Ranges of a piece: 0 marker, 1-2 prefix, 3-5 middle, 6-7 suffix, 8 PRE, 9 SUF, 10 MID, 11 END. The middle and END are always last.
-_MARKER, _PRE, _SUF, _MID, _END = 0, 8, 9, 10, 11
+# Ranges of a piece: 0 the marker, 1 to 7 the parts (see cuts.Parts), PRE, SUF, MID, END; and what follows the last piece of a row: one
+# token to look ahead at, and padding. The middle and END come last.
+_MARKER, _PRE, _SUF, _MID, _END, _AHEAD, _PADDING = 0, 8, 9, 10, 11, 12, 13
+_PREFIX, _MIDDLE, _SUFFIX, _REST = (1, 2), (3, 6, 4), (5, 7), (_END, _AHEAD, _PADDING)
 _ORDER = np.array(
     [
-        [_MARKER, 1, 2, 6, 7, _PRE, _SUF, _MID, 3, 4, 5, _END],  # plain: the whole text is range 1, the rest is empty
-        [_MARKER, _PRE, 1, 2, _SUF, 6, 7, _MID, 3, 4, 5, _END],
-        [_MARKER, _SUF, 6, 7, _PRE, 1, 2, _MID, 3, 4, 5, _END],
-        [_MARKER, _PRE, _SUF, 6, 7, _MID, 1, 2, 3, 4, 5, _END],
-        [_MARKER, _SUF, 6, 7, _PRE, 1, 2, _MID, 3, 4, 5, _END],  # its MID is empty
+        [_MARKER, *_PREFIX, *_SUFFIX, _PRE, _SUF, _MID, *_MIDDLE, *_REST],  # plain: all text is range 1, the parts and sentinels are empty
+        [_MARKER, _PRE, *_PREFIX, _SUF, *_SUFFIX, _MID, *_MIDDLE, *_REST],
+        [_MARKER, _SUF, *_SUFFIX, _PRE, *_PREFIX, _MID, *_MIDDLE, *_REST],
+        [_MARKER, _PRE, _SUF, *_SUFFIX, _MID, *_PREFIX, *_MIDDLE, *_REST],
+        [_MARKER, _SUF, *_SUFFIX, _PRE, *_PREFIX, _MID, *_MIDDLE, *_REST],  # its MID is empty
     ]
 )
-OVERHEAD = 4
+_SENTINELS = np.array([[-4], [-3], [-2], [-1]])
+"""Where PRE, SUF, MID and END are: at the end of the source."""
+OVERHEAD = len(_SENTINELS)
 """Tokens that a transformed piece has beside its text: three sentinels and the end of the middle."""
 
 
@@ -73,14 +78,37 @@ class _Pieces(NamedTuple):
     def take(self, which: np.ndarray) -> _Pieces:
         return _Pieces(*(x[which] for x in self))
 
+    def offsets(self, sizes_P: np.ndarray) -> np.ndarray:
+        """Where each piece begins in its row, from what pieces take up. (The pieces of a row are the first ones of it, all of them.)"""
+        before_P = np.cumsum(sizes_P) - sizes_P
+        return before_P - before_P[counting(len(before_P)) - self.numbers]
+
 
 class _Plan(NamedTuple):
-    """What becomes of the pieces: ranges of `concatenate([tokens, extra])`, in the order of the output."""
+    """What becomes of the pieces: ranges of `_source`, in the order of _Pieces; _ORDER is that of the output."""
 
     modes_P: np.ndarray
-    starts_PK: np.ndarray
-    lengths_PK: np.ndarray
+    starts_KP: np.ndarray
+    """int64 [14, P]."""
+    lengths_KP: np.ndarray
     extra: np.ndarray
+    """Ids that are not in the windows."""
+
+    def take(self, which: np.ndarray) -> _Plan:
+        return _Plan(self.modes_P[which], self.starts_KP[:, which], self.lengths_KP[:, which], self.extra)
+
+    def replace(self, which: np.ndarray, new: _Plan, num_tokens: int) -> _Plan:
+        """The plan with the pieces `which` (in place) as in `new`, whose encoded ids are appended."""
+        self.modes_P[which] = new.modes_P
+        self.starts_KP[:, which] = new.starts_KP + np.where(new.starts_KP >= num_tokens, len(self.extra), 0)
+        self.lengths_KP[:, which] = new.lengths_KP
+        return self._replace(extra=np.concatenate([self.extra, new.extra]))
+
+    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and lengths [14 · P] in the order of the output."""
+        count = len(self.modes_P)
+        at = (_ORDER[self.modes_P] * count + counting(count)[:, None]).reshape(-1)
+        return self.starts_KP.reshape(-1)[at], self.lengths_KP.reshape(-1)[at]
 
 
 class FIM(Objective):
@@ -147,100 +175,110 @@ class FIM(Objective):
         bodies = starts + (tokens[starts] == self.vocabulary.end_of_document)
         pieces = _Pieces(np.arange(len(starts)), np.zeros_like(starts), starts, bodies, ends, ends)
         plan = self._plan(self.cutter.measure(tokens), pieces, draws_P4)
-        return self._source(tokens, plan, 0)[gather_ranges(plan.starts_PK.reshape(-1), plan.lengths_PK.reshape(-1))]
+        return self._source(tokens, plan.extra, 0)[gather_ranges(*plan.ranges())]
 
     def _plan(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray) -> _Plan:
         """Cut and lay out the pieces whose first draw is 0; one without text stays as it is."""
-        has_text = pieces.ends > pieces.bodies
-        layout = np.where(draws_P4[:, 1] < self.layouts.spm_rate, self._spm, _PSM)
-        modes = np.where((draws_P4[:, 0] == 0) & has_text, layout, _PLAIN)
-        starts_PK = np.zeros((len(modes), 12), np.int64)
-        lengths_PK = np.zeros((len(modes), 12), np.int64)
-        starts_PK[:, 0], lengths_PK[:, 0] = pieces.starts, pieces.bodies - pieces.starts
-        starts_PK[:, 1], lengths_PK[:, 1] = pieces.bodies, pieces.ends - pieces.bodies
-        which = np.flatnonzero(modes)
+        layout_P = np.where(draws_P4[:, 1] < self.layouts.spm_rate, self._spm, _PSM)
+        modes_P = np.where((draws_P4[:, 0] == 0) & (pieces.ends > pieces.bodies), layout_P, _PLAIN)
+        which = np.flatnonzero(modes_P)
         parts = self.cutter.cut(text, pieces.bodies[which], pieces.ends[which], draws_P4[which, 2:])
-        starts_PK[which, 1:8], lengths_PK[which, 1:8] = parts.starts_P7, parts.lengths_P7
-        starts_PK[:, 8:] = np.arange(-OVERHEAD, 0)  # the sentinels are at the end of the source
-        lengths_PK[which, 8:] = 1
-        lengths_PK[modes == _SUFFIX_FIRST, _MID] = 0
-        order = _ORDER[modes]
-        return _Plan(modes, np.take_along_axis(starts_PK, order, 1), np.take_along_axis(lengths_PK, order, 1), parts.extra)
+        starts_KP, lengths_KP = np.zeros((2, 14, len(modes_P)), np.int64)
+        starts_KP[_MARKER], lengths_KP[_MARKER] = pieces.starts, pieces.bodies - pieces.starts
+        if len(which) == len(modes_P):
+            starts_KP[1:_PRE], lengths_KP[1:_PRE], lengths_KP[_PRE:_AHEAD] = parts.starts_7P, parts.lengths_7P, 1
+        else:
+            starts_KP[1], lengths_KP[1] = pieces.bodies, pieces.ends - pieces.bodies
+            starts_KP[1:_PRE, which], lengths_KP[1:_PRE, which] = parts.starts_7P, parts.lengths_7P
+            lengths_KP[_PRE:_AHEAD] = modes_P > 0
+        starts_KP[_PRE:_AHEAD] = _SENTINELS
+        if self._spm == _SUFFIX_FIRST:
+            lengths_KP[_MID] = modes_P == _PSM
+        return _Plan(modes_P, starts_KP, lengths_KP, parts.extra)
 
-    def _source(self, tokens: np.ndarray, plan: _Plan, padding: int) -> np.ndarray:
+    def _source(self, tokens: np.ndarray, extra: np.ndarray, padding: int) -> np.ndarray:
         """What the ranges of a plan index: [tokens, extra, padding, PRE, SUF, MID, END]; the last two from its end, by negative indices."""
-        tail = np.array([self.vocabulary.padding] * padding + [*self._sentinels])
-        return np.concatenate([tokens, plan.extra, tail.astype(tokens.dtype)])
+        tail = np.full(padding + OVERHEAD, self.vocabulary.padding, tokens.dtype)
+        tail[padding:] = self._sentinels
+        return np.concatenate([tokens, extra.astype(tokens.dtype), tail])
 
     def _fit(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
         """Pieces that fill at most `room` positions a row: the last one covers less text, before it is cut, until it fits."""
         spare = min(self.cutter.spare, room // 16)
         reserved = (OVERHEAD + spare) * ((draws_P4[:, 0] == 0) & (pieces.ends > pieces.bodies))
-        lengths = pieces.ends - pieces.starts + reserved  # mostly enough: few pieces are cut twice
-        kept = np.flatnonzero(_offsets(pieces.rows, lengths) < room)
-        pieces, draws_P4 = pieces.take(kept), draws_P4[kept]
-        self._shorten(pieces, draws_P4, lengths[kept], room, 0)
+        sizes_P = pieces.ends - pieces.starts + reserved  # mostly enough: few pieces are cut twice
+        offsets_P = pieces.offsets(sizes_P)
+        kept = np.flatnonzero(offsets_P < room)
+        if len(kept) < len(offsets_P):
+            pieces, draws_P4, sizes_P, offsets_P = pieces.take(kept), draws_P4[kept], sizes_P[kept], offsets_P[kept]
+        self._shorten(pieces, draws_P4, offsets_P, sizes_P, room, 0)
         plan = self._plan(text, pieces, draws_P4)
         while True:
-            lengths = plan.lengths_PK.sum(axis=1)
-            kept = np.flatnonzero(_offsets(pieces.rows, lengths) < room)
-            if len(kept) < len(lengths):
-                pieces, draws_P4, lengths = pieces.take(kept), draws_P4[kept], lengths[kept]
-                plan = plan._replace(modes_P=plan.modes_P[kept], starts_PK=plan.starts_PK[kept], lengths_PK=plan.lengths_PK[kept])
-            over = self._shorten(pieces, draws_P4, lengths, room, spare)
+            sizes_P = plan.lengths_KP.sum(axis=0)
+            offsets_P = pieces.offsets(sizes_P)
+            kept = np.flatnonzero(offsets_P < room)
+            if len(kept) < len(offsets_P):
+                pieces, draws_P4, sizes_P, offsets_P = pieces.take(kept), draws_P4[kept], sizes_P[kept], offsets_P[kept]
+                plan = plan.take(kept)
+            over = self._shorten(pieces, draws_P4, offsets_P, sizes_P, room, spare)
             if not len(over):
                 return pieces, plan
-            plan = _replace_rows(plan, over, self._plan(text, pieces.take(over), draws_P4[over]), len(text.tokens))
+            plan = plan.replace(over, self._plan(text, pieces.take(over), draws_P4[over]), len(text.tokens))
 
-    def _shorten(self, pieces: _Pieces, draws_P4: np.ndarray, lengths: np.ndarray, room: int, spare: int) -> np.ndarray:
+    def _shorten(
+        self, pieces: _Pieces, draws_P4: np.ndarray, offsets_P: np.ndarray, sizes_P: np.ndarray, room: int, spare: int
+    ) -> np.ndarray:
         """Shorten, in place, the pieces that end beyond `room`, by `spare` more than needed; returns which these were.
 
         A piece that would keep no text between its sentinels is left to right instead, and covers all the room.
         """
-        offsets = _offsets(pieces.rows, lengths)
-        over = np.flatnonzero(offsets + lengths > room)
-        left = room - offsets[over]
-        ends = pieces.ends[over] - (lengths[over] - left) - spare
-        plain = (draws_P4[over, 0] == 1) | (ends <= pieces.bodies[over])
-        pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + left, pieces.limits[over]), ends)
-        draws_P4[over[plain], 0] = 1.0
+        over = np.flatnonzero(offsets_P + sizes_P > room)
+        if len(over):
+            left = room - offsets_P[over]
+            ends = pieces.ends[over] - (sizes_P[over] - left) - spare
+            plain = (draws_P4[over, 0] == 1) | (ends <= pieces.bodies[over])
+            pieces.ends[over] = np.where(plain, np.minimum(pieces.starts[over] + left, pieces.limits[over]), ends)
+            draws_P4[over[plain], 0] = 1.0
         return over
 
     def _assemble(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, num_rows: int, width: int) -> Examples:
-        lengths_P = plan.lengths_PK.sum(axis=1)
-        last_P = np.append(pieces.rows[1:] != pieces.rows[:-1], True)
-        places_P = _offsets(pieces.rows, lengths_P) + pieces.rows * width  # where each piece begins in the output
-        padding_P = np.where(last_P, (pieces.rows + 1) * width - places_P - lengths_P, 0)
-        plain_P = plan.modes_P == _PLAIN
-        # one token more than the input: the last label of a row that ends left to right
-        ahead_P = (last_P & plain_P).astype(np.int64)
-        starts = np.column_stack([plan.starts_PK, pieces.ends, np.full(len(lengths_P), -OVERHEAD - width - 1)])
-        lengths = np.column_stack([plan.lengths_PK, ahead_P, padding_P + last_P - ahead_P])
-        source = self._source(tokens, plan, width + 1)
-        ids = source[gather_ranges(starts.reshape(-1), lengths.reshape(-1))].reshape(num_rows, width + 1)
+        sizes_P = plan.lengths_KP[:_AHEAD].sum(axis=0)
+        places_P = pieces.offsets(sizes_P) + pieces.rows * width  # where each piece begins in the output
+        last_P = np.append(pieces.numbers[1:] == 0, True)
+        padding_P = np.where(last_P, (pieces.rows + 1) * width - places_P - sizes_P, 0)
+        ids = self._ids(tokens, pieces, plan, last_P, padding_P, width).reshape(num_rows, width + 1)
         tokens_BS, labels_BS = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
-        padded = gather_ranges(places_P[last_P] + lengths_P[last_P], padding_P[last_P])
+        padded = gather_ranges((places_P + sizes_P)[last_P], padding_P[last_P])
         tokens_BS.reshape(-1)[padded] = self.vocabulary.padding
         labels_BS.reshape(-1)[padded] = IGNORE
-        part_BS = self._mark_infill(labels_BS, pieces, plan, places_P, lengths_P)
-        numbers = np.column_stack([pieces.numbers, np.full(len(lengths_P), PADDING)]).astype(np.int32)
-        segments = np.repeat(numbers.reshape(-1), np.column_stack([lengths_P, padding_P]).reshape(-1))
-        return Examples(tokens_BS, labels_BS, segments.reshape(num_rows, width), part_BS=part_BS)
+        infill_P = np.where(plan.modes_P > 0, plan.lengths_KP[_MIDDLE, :].sum(axis=0) + 1, 0)  # targets of a middle and its END
+        self._drop_labels(labels_BS.reshape(-1), pieces, plan.modes_P, places_P, sizes_P, infill_P)
+        # runs of a piece: other targets, infill targets, END (which has none of its own) and padding
+        ends_P = (infill_P > 0).astype(np.int64)
+        runs_P3 = np.stack([sizes_P - infill_P - ends_P, infill_P, padding_P + ends_P], axis=1)
+        part_BS = np.repeat(np.tile(np.array([0, 1, 0], np.int8), len(sizes_P)), runs_P3.reshape(-1))
+        numbers_P2 = np.stack([pieces.numbers, np.full(len(sizes_P), PADDING)], axis=1).astype(np.int32)
+        segments_BS = np.repeat(numbers_P2.reshape(-1), np.stack([sizes_P, padding_P], axis=1).reshape(-1))
+        return Examples(tokens_BS, labels_BS, segments_BS.reshape(num_rows, width), part_BS=part_BS.reshape(num_rows, width))
 
-    def _mark_infill(self, labels_BS: np.ndarray, pieces: _Pieces, plan: _Plan, places_P: np.ndarray, lengths_P: np.ndarray) -> np.ndarray:
-        """int8 [B, S]: 1 where the target is of a middle or its END. Drops, in place, the labels that transformed pieces do not train."""
-        labels = labels_BS.reshape(-1)
-        which = np.flatnonzero(plan.modes_P)
-        ends = places_P[which] + lengths_P[which]
-        count = plan.lengths_PK[which, 8:11].sum(axis=1) + 1
+    def _ids(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, last_P: np.ndarray, padding_P: np.ndarray, width: int) -> np.ndarray:
+        """Ids of all rows, each one longer than its positions: where a row ends left to right, the last label is a token of no piece."""
+        ahead_P = last_P & (plan.modes_P == _PLAIN)
+        plan.starts_KP[_AHEAD], plan.lengths_KP[_AHEAD] = pieces.ends, ahead_P
+        plan.starts_KP[_PADDING], plan.lengths_KP[_PADDING] = -OVERHEAD - width - 1, padding_P + last_P - ahead_P
+        return self._source(tokens, plan.extra, width + 1).take(gather_ranges(*plan.ranges()))
+
+    def _drop_labels(
+        self, labels: np.ndarray, pieces: _Pieces, modes_P: np.ndarray, places_P: np.ndarray, sizes_P: np.ndarray, infill_P: np.ndarray
+    ) -> None:
+        """Drop, in place, the labels that transformed pieces do not train."""
+        which = np.flatnonzero(modes_P)
+        places, ends = places_P[which], (places_P + sizes_P)[which]
         labels[ends - 1] = IGNORE
         if self.config.loss_on is FIMLoss.middle:
-            labels[gather_ranges(places_P[which], lengths_P[which] - 1 - count)] = IGNORE
+            labels[gather_ranges(places, ends - places - 1 - infill_P[which])] = IGNORE
         else:
-            labels[places_P[which[pieces.bodies[which] > pieces.starts[which]]]] = IGNORE
-        part_BS = np.zeros(labels_BS.shape, np.int8)
-        part_BS.reshape(-1)[gather_ranges(ends - 1 - count, count)] = 1
-        return part_BS
+            labels[places[pieces.bodies[which] > pieces.starts[which]]] = IGNORE
 
     def _examples_of_rewritten(self, tokens_BR: np.ndarray) -> Examples:
         """Next-token examples of a stream with whole documents transformed. Where a middle begins after a prefix (SPM variant 2) is not
@@ -287,24 +325,12 @@ def split_pieces(tokens_BR: np.ndarray, end_of_document: int) -> _Pieces:
     opens[:, 0], opens[:, -1] = True, False
     starts = np.flatnonzero(opens)
     rows = starts // width
-    ends = np.minimum(np.append(starts[1:], num_rows * width), rows * width + width - 1)
-    numbers = np.arange(len(starts)) - np.searchsorted(rows, rows)
+    numbers = counting(len(starts)) - np.flatnonzero(starts == rows * width)[rows]
+    ends = np.empty_like(starts)
+    ends[:-1], ends[-1:] = starts[1:], num_rows * width
+    np.minimum(ends, rows * width + (width - 1), out=ends)
     bodies = starts + (tokens_BR.reshape(-1)[starts] == end_of_document)
     return _Pieces(rows, numbers, starts, bodies, ends, ends.copy())
-
-
-def _offsets(rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Where each piece begins in its row."""
-    before = np.cumsum(lengths) - lengths
-    return before - before[np.searchsorted(rows, rows)]
-
-
-def _replace_rows(plan: _Plan, which: np.ndarray, new: _Plan, num_tokens: int) -> _Plan:
-    """`plan` with the pieces `which` (in place) as in `new`, whose encoded ids are appended."""
-    plan.modes_P[which] = new.modes_P
-    plan.starts_PK[which] = new.starts_PK + np.where(new.starts_PK >= num_tokens, len(plan.extra), 0)
-    plan.lengths_PK[which] = new.lengths_PK
-    return plan._replace(extra=np.concatenate([plan.extra, new.extra]))
 
 
 def fim_prompt(

@@ -41,7 +41,7 @@ class MaskedDiffusion(Objective):
         least = self.config.min_time
         time_B1 = (least + (1 - least) * rng.spread(sequence_length))[:, None]
         tokens_BS = tokens_BR.astype(np.int64)
-        ordinary_BS = self._ordinary_V[tokens_BS]
+        ordinary_BS = self._ordinary_V.take(tokens_BR)
         hidden_BS = (rng.uint32(sequence_length) < time_B1 * 2.0**32) & ordinary_BS
         return Examples(
             tokens_BS=np.where(hidden_BS, self._mask, tokens_BS),

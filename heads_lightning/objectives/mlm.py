@@ -50,20 +50,26 @@ class _SpanLengths:
         p = end * (1 - end) ** np.arange(longest)
         self._cumulative = np.cumsum(p) / p.sum()
         self._longer = 1 - np.concatenate([[0.0], self._cumulative[:-1]])  # P(length > d), d = 0 …
+        self._begins: dict[float, float] = {}  # as many as there are 16-bit rates
 
     def draw(self, uniform: np.ndarray) -> np.ndarray:
         """int64: lengths from uniform numbers."""
         return np.minimum(np.searchsorted(self._cumulative, uniform, side="right") + 1, len(self._cumulative))
 
     def begin(self, rate_B: np.ndarray) -> np.ndarray:
-        """Probability [B] that a span begins at a position, so that a share `rate` of the positions is in one: the root, by bisection, of
-        1 − Π_d (1 − q·P(length > d)) = rate."""
-        low, high = np.zeros_like(rate_B), np.ones_like(rate_B)
-        for _ in range(40):
-            q = (low + high) / 2
-            short = 1 - np.prod(1 - q[:, None] * self._longer, axis=1) < rate_B
-            low, high = np.where(short, q, low), np.where(short, high, q)
-        return high
+        """Probability [B] that a span begins at a position, so that a share `rate` of the positions is in one."""
+        rates, of_B = np.unique(rate_B, return_inverse=True)
+        return np.array([self._begin(float(rate)) for rate in rates])[of_B]
+
+    def _begin(self, rate: float) -> float:
+        """The root, by bisection, of 1 − Π_d (1 − q·P(length > d)) = rate."""
+        if rate not in self._begins:
+            low, high = 0.0, 1.0
+            for _ in range(40):
+                q = (low + high) / 2
+                low, high = (q, high) if 1 - np.prod(1 - q * self._longer) < rate else (low, q)
+            self._begins[rate] = high
+        return self._begins[rate]
 
 
 class MLM(Objective):
@@ -120,7 +126,7 @@ class MLM(Objective):
         return np.maximum(limits_B3, shares > 0)
 
     def _words(self, tokens_BS: np.ndarray) -> _Words:
-        starts_BS = self._word_start_V[tokens_BS]
+        starts_BS = self._word_start_V.take(tokens_BS)
         starts_BS[:, 0] = True
         starts = np.flatnonzero(starts_BS)
         return _Words(starts, np.diff(starts, append=tokens_BS.size))
@@ -129,7 +135,7 @@ class MLM(Objective):
         """As many targets in each row as `rate` makes of its positions, at least one; fewer where a row has too few ordinary tokens."""
         rows, width = tokens_BS.shape
         count = max(1, round(self.config.rate * width))
-        keys_BS = np.where(self._special_V[tokens_BS], np.uint32(2**32 - 1), rng.uint32(width) >> np.uint32(1))
+        keys_BS = np.where(self._special_V.take(tokens_BS), np.uint32(2**32 - 1), rng.uint32(width) >> np.uint32(1))
         at_BK = np.sort(np.argpartition(keys_BS, count - 1, axis=1)[:, :count], axis=1)
         row_BK = np.broadcast_to(np.arange(rows)[:, None], at_BK.shape)
         chosen_BK = keys_BS[row_BK, at_BK] < 2**31
@@ -149,24 +155,26 @@ class MLM(Objective):
         first, end = np.maximum(start - before, 0), np.minimum(start - before + length, width)
         kept = end > first
         lengths = (end - first)[kept]
-        draw_M = np.full(rows * width, -1)
-        draw_M[gather_ranges((row * width + first)[kept], lengths)] = np.repeat(split[kept], lengths)
-        draw_M[self._special_V[tokens_BS.reshape(-1)]] = -1
-        draw_M = self._never_empty_spans(draw_M.reshape(rows, width), tokens_BS, rng, limit_B)
+        hidden, draw = gather_ranges((row * width + first)[kept], lengths), np.repeat(split[kept], lengths)
+        ordinary = ~self._special_V.take(tokens_BS.reshape(-1).take(hidden))
+        draw_M = np.full(rows * width, -1, np.int32)
+        draw_M[hidden[ordinary]] = draw[ordinary]
         at = np.flatnonzero(draw_M >= 0)
+        empty = np.flatnonzero(np.diff(at.searchsorted(np.arange(rows + 1) * width)) == 0)
+        if len(empty):
+            forced, split = self._force_one(empty, tokens_BS, rng, limit_B)
+            draw_M[forced] = split
+            at = np.flatnonzero(draw_M >= 0)
         return at, draw_M[at]
 
-    def _never_empty_spans(self, draw_BS: np.ndarray, tokens_BS: np.ndarray, rng: SampleRandom, limit_B: np.ndarray) -> np.ndarray:
-        """Flat draws, with one ordinary token chosen in each row that has some and no target."""
-        empty = np.flatnonzero(~(draw_BS >= 0).any(axis=1))
-        if len(empty):
-            place = np.arange(tokens_BS.shape[1])
-            keys = np.where(self._special_V[tokens_BS[empty]], 2.0, rng.uniform_at(empty[:, None], place[None], stream=3))
-            at = keys.argmin(axis=1)
-            usable = keys[np.arange(len(empty)), at] < 1
-            row, at = empty[usable], at[usable]
-            draw_BS[row, at] = (rng.uniform_at(row, at, stream=4) * limit_B[row]).astype(np.int64)
-        return draw_BS.reshape(-1)
+    def _force_one(self, empty: np.ndarray, tokens_BS: np.ndarray, rng: SampleRandom, limit_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat position and draw of one ordinary token in each of the rows `empty` that have one."""
+        place = np.arange(tokens_BS.shape[1])
+        keys = np.where(self._special_V[tokens_BS[empty]], 2.0, rng.uniform_at(empty[:, None], place[None], stream=3))
+        at = keys.argmin(axis=1)
+        usable = keys[np.arange(len(empty)), at] < 1
+        row, at = empty[usable], at[usable]
+        return row * len(place) + at, (rng.uniform_at(row, at, stream=4) * limit_B[row]).astype(np.int64)
 
     def _choose(
         self, tokens_BS: np.ndarray, draws_BS: np.ndarray, words: _Words | None, limit_B: np.ndarray
@@ -181,7 +189,7 @@ class MLM(Objective):
             chosen = np.flatnonzero(draw_W < limit_B[words.starts // tokens_BS.shape[1]])
             at = gather_ranges(words.starts[chosen], words.lengths[chosen])
             draw = np.repeat(draw_W[chosen], words.lengths[chosen])
-        ordinary = ~self._special_V[tokens_BS.reshape(-1)[at]]  # looked up for the chosen alone
+        ordinary = ~self._special_V.take(tokens_BS.reshape(-1).take(at))  # looked up for the chosen alone
         return at[ordinary], draw[ordinary]
 
     def _never_empty(

@@ -111,19 +111,22 @@ class SpanCorruption(Objective):
         """Input and target of each row as (starts, lengths) of ranges [B, …] of [the rows' tokens, the sentinels, EOD, padding]."""
         starts_BN, lengths_BN = spans
         rows, count = starts_BN.shape
-        offset = (np.arange(rows) * num_tokens)[:, None]
-        ends_BN = starts_BN + lengths_BN
-        previous = np.concatenate([np.zeros((rows, 1), np.int64), ends_BN], axis=1)
-        gaps = np.concatenate([starts_BN, np.full((rows, 1), num_tokens)], axis=1) - previous
-        sentinel = np.broadcast_to(rows * num_tokens + np.arange(count), starts_BN.shape)
-        used = (lengths_BN > 0).astype(np.int64)
-        end = np.full((rows, 1), rows * num_tokens + len(self.vocabulary.sentinels))
-        source = _interleave(previous[:, :-1] + offset, sentinel), _interleave(gaps[:, :-1], used)
-        target = _interleave(sentinel, starts_BN + offset), _interleave(used, lengths_BN)
-        return (
-            (np.concatenate([source[0], previous[:, -1:] + offset], axis=1), np.concatenate([source[1], gaps[:, -1:]], axis=1)),
-            (np.concatenate([target[0], end], axis=1), np.concatenate([target[1], np.ones_like(end)], axis=1)),
-        )
+        offset_B1 = (np.arange(rows) * num_tokens)[:, None]
+        sentinels_N = rows * num_tokens + np.arange(count)
+        used_BN = lengths_BN > 0
+        source = np.empty((2, rows, 2 * count + 1), np.int64)  # a gap, a sentinel, …, and what follows the last span
+        starts, lengths = source
+        starts[:, 0], starts[:, 2::2] = 0, starts_BN + lengths_BN
+        lengths[:, :-1:2], lengths[:, -1] = starts_BN, num_tokens
+        lengths[:, ::2] -= starts[:, ::2]
+        starts[:, ::2] += offset_B1
+        starts[:, 1::2], lengths[:, 1::2] = sentinels_N, used_BN
+        target = np.empty((2, rows, 2 * count + 1), np.int64)  # a sentinel, what it hides, …, and EOD
+        starts, lengths = target
+        starts[:, :-1:2], lengths[:, :-1:2] = sentinels_N, used_BN
+        starts[:, 1::2], lengths[:, 1::2] = starts_BN + offset_B1, lengths_BN
+        starts[:, -1], lengths[:, -1] = rows * num_tokens + len(self.vocabulary.sentinels), 1
+        return (source[0], source[1]), (target[0], target[1])
 
     def _fill(self, tokens_BR: np.ndarray, ranges: tuple[np.ndarray, np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows of ids padded to `width`, and their lengths."""
@@ -134,18 +137,24 @@ class SpanCorruption(Objective):
         )
         starts = np.column_stack([starts, np.full(len(starts), len(source) - width)])
         lengths = np.column_stack([lengths, width - used_B])
-        return source[gather_ranges(starts.reshape(-1), lengths.reshape(-1))].reshape(-1, width), used_B
+        return source.take(gather_ranges(starts.reshape(-1), lengths.reshape(-1))).reshape(-1, width), used_B
 
     def _decoder_only(self, tokens_BR: np.ndarray, spans: _Spans, width: int) -> Examples:
         source, target = self._ranges(spans, tokens_BR.shape[1])
         both = np.concatenate([source[0], target[0]], axis=1), np.concatenate([source[1], target[1]], axis=1)
-        ids, used_B = self._fill(tokens_BR, both, width + 1)  # EOD is predicted, not read
+        ids, used_B = self._fill(tokens_BR, both, width + 1)
+        source_B, read_B = source[1].sum(axis=1), used_B - 1  # EOD is predicted, not read
+        tokens_BS = ids[:, :-1].copy()
+        unread = np.flatnonzero(read_B < width)
+        tokens_BS[unread, read_B[unread]] = self.vocabulary.padding
         place = np.arange(width)
-        source_B1, read_B1 = source[1].sum(axis=1, keepdims=True), used_B[:, None] - 1
-        tokens_BS = np.where(place < read_B1, ids[:, :-1], self.vocabulary.padding)
-        labels_BS = np.where((place >= source_B1 - 1) & (place < read_B1), ids[:, 1:], IGNORE)
-        segments_BS = np.where(place < read_B1, 0, PADDING).astype(np.int32)
-        return Examples(tokens_BS, labels_BS, segments_BS, prefix_BS=place < source_B1)
+        trained_BS = (place >= source_B[:, None] - 1) & (place < read_B[:, None])
+        return Examples(
+            tokens_BS,
+            labels_BS=np.where(trained_BS, ids[:, 1:], IGNORE),
+            segments_BS=_segments(read_B, width),
+            prefix_BS=place < source_B[:, None],
+        )
 
     def _encoder_decoder(self, tokens_BR: np.ndarray, spans: _Spans, width: int) -> Examples:
         source, target = self._ranges(spans, tokens_BR.shape[1])
@@ -159,14 +168,16 @@ class SpanCorruption(Objective):
         return Examples(
             tokens_BS=np.where(real_BS, np.concatenate([start, target_BS[:, :-1]], axis=1), self.vocabulary.padding),
             labels_BS=np.where(real_BS, target_BS, IGNORE),
-            segments_BS=np.where(real_BS, 0, PADDING).astype(np.int32),
+            segments_BS=_segments(target_B, target_BS.shape[1]),
             encoder_tokens_BT=encoder_BT,
-            encoder_segments_BT=np.where(np.arange(width) < source_B[:, None], 0, PADDING).astype(np.int32),
+            encoder_segments_BT=_segments(source_B, width),
         )
 
 
-def _interleave(a_BN: np.ndarray, b_BN: np.ndarray) -> np.ndarray:
-    return np.stack([a_BN, b_BN], axis=2).reshape(len(a_BN), -1)
+def _segments(used_B: np.ndarray, width: int) -> np.ndarray:
+    """int32 [B, width]: 0 for the first positions of each row, the used ones, and padding."""
+    runs_B2 = np.stack([used_B, width - used_B], axis=1)
+    return np.repeat(np.tile(np.array([0, PADDING], np.int32), len(used_B)), runs_B2.reshape(-1)).reshape(-1, width)
 
 
 def _compositions(rng: SampleRandom, total: int, parts: int) -> np.ndarray:
@@ -174,8 +185,13 @@ def _compositions(rng: SampleRandom, total: int, parts: int) -> np.ndarray:
     if parts == 1:
         return np.full((rng.rows, 1), total)
     keys = rng.bits(-(-(total - 1) // 2)).view(np.uint32)[:, : total - 1]
-    breaks = np.argpartition(keys, parts - 2, axis=1)[:, : parts - 1] + 1
-    breaks.sort(axis=1)
+    least = np.partition(keys, parts - 2, axis=1)[:, parts - 2, None]
+    breaks = np.flatnonzero(keys <= least)
+    if len(breaks) == len(keys) * (parts - 1):
+        breaks = breaks.reshape(len(keys), -1) % (total - 1) + 1
+    else:  # two of a row's keys are equal
+        breaks = np.argpartition(keys, parts - 2, axis=1)[:, : parts - 1] + 1
+        breaks.sort(axis=1)
     edge = np.zeros((len(breaks), 1), np.int64)
     return np.diff(np.concatenate([edge, breaks, edge + total], axis=1), axis=1)
 

@@ -79,13 +79,21 @@ class MetricsCallback(Callback):
         self.record(values, step, step * self.tokens_per_step)
         self.flush()
 
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for the parts of the loss of the steps that a point ends with."""
+        assert isinstance(pl_module, LanguageModule)
+        pl_module.logs_parts = self._is_due(trainer, batch_idx + 1)
+
+    def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
+        return step % self.every_steps == 0 or step == trainer.num_training_batches
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a point when it is due."""
         assert isinstance(pl_module, LanguageModule)
         step = batch_idx + 1
-        if step % self.every_steps and step != trainer.num_training_batches:
+        if not self._is_due(trainer, step):
             return
         values = self._values(trainer, pl_module)
         self._check_loader(values, step)
@@ -116,8 +124,9 @@ class MetricsCallback(Callback):
             sums = shared.tolist()
         seconds = time.perf_counter() - self._since
         self.seconds_in_steps += seconds
-        targets = max(sums[0], 1.0)
-        values = {f"train/{name}": value / targets for name, value in zip(names, sums[1:], strict=True)}
+        targets, named = max(sums[0], 1.0), dict(zip(names, sums[1:], strict=True))
+        values = {f"train/{name}": value / targets for name, value in named.items() if not name.startswith("part_")}
+        values |= {f"train/{name}": value for name, value in totals.part_means(named, module.parts).items()}
         return values | {
             "train/grad_norm": summed.get("grad_norm", 0.0) / max(totals.steps, 1),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
