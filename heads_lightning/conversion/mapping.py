@@ -90,6 +90,8 @@ class StateMapping:
     """Dimension along which the result is split into the destinations."""
     dest_sizes: tuple[int, ...] | None = None
     """Lengths of the destinations there. None: all alike."""
+    keeps_type: bool = False
+    """Never stored in another type than its own."""
 
     @property
     def is_rename(self) -> bool:
@@ -205,6 +207,8 @@ class StateMappingTemplate:
     """Lengths of several destinations along dest_chunk_dim, where they differ."""
     optional: bool = False
     """The sources may all be absent."""
+    keeps_type: bool = False
+    """Never stored in a type below its own: a recurrence in bf16 is another one, a value in bf16 has three digits."""
 
     def __post_init__(self) -> None:
         for side, keys, per in self._sides():
@@ -261,6 +265,7 @@ class StateMappingTemplate:
             flatten_dims=self.flatten_dims,
             dest_chunk_dim=self.dest_chunk_dim,
             dest_sizes=self.dest_sizes,
+            keeps_type=self.keeps_type,
         )
 
     def _expanded(self, keys: Keys, per: TemplatePlaceholder | None, bounds: Bounds) -> tuple[str, ...]:

@@ -63,6 +63,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 def outcome(mapping: StateMapping, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What a mapping makes, as tensors on meta: shapes are checked here, before anything is written."""
+    dtype = None if mapping.keeps_type else dtype
     made = mapping.apply([source.specs[key] for key in mapping.source_keys])
     return {key: cast(tensor, dtype) for key, tensor in zip(mapping.dest_keys, made, strict=True)}
 
@@ -194,6 +195,7 @@ def _begin_writing_back(descriptor: int) -> None:
 def _write_mapping(
     file: BinaryIO, mapping: StateMapping, shard: Shard, source: TensorSource, dtype: torch.dtype | None, buffer: memoryview
 ) -> None:
+    dtype = None if mapping.keeps_type else dtype
     key = mapping.source_keys[0]
     unchanged = dtype is None or source.specs[key].dtype == dtype or not source.specs[key].is_floating_point()
     if mapping.is_rename and unchanged:

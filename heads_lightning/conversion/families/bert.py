@@ -26,6 +26,7 @@ from heads_lightning.conversion.families.base import (
 from heads_lightning.conversion.mapping import StateMappingTemplate
 from heads_lightning.registry import ConfigError
 
+POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 BLOCK, LAYERS = f"backbone.blocks.{LAYER}", f"bert.encoder.layer.{LAYER}"
 LINEARS = {
     "attention.self.query": "attention.query",
@@ -49,15 +50,19 @@ class Bert(Family):
     attention = Attention.bidirectional
     prefix = "bert."
     head_prefixes = ("cls.",)
+    defaults: ClassVar[HFConfig] = {
+        **{"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512},
+        "tie_word_embeddings": True,
+    }
+    harmless = frozenset({"directionality", *(f"pooler_{part}" for part in POOLER)})
     left_out: ClassVar[Mapping[str, str]] = {
         r"\.position_ids$": "a table that is computed",
         r"^bert\.pooler\.": "the pooler, which no language-model head reads",
         r"^cls\.seq_relationship\.": "the next-sentence head",
     }
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512} | dict(config)
-        refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False, tie_word_embeddings=True)
+    def read(self, config: HFConfig) -> NativeModel:
+        refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
         eps = float(config["layer_norm_eps"])
         backbone = TransformerConfig(
             d_model=needed(config, "hidden_size"),
@@ -76,8 +81,8 @@ class Bert(Family):
             max_positions=config["max_position_embeddings"],
             init_std=float(config.get("initializer_range", 0.02)),
         )
-        norm = LayerNormConfig(name=NormType.layer_norm, eps=eps, bias=True)
-        head = MLMHeadConfig(activation=activation(config, "hidden_act").value, layer_norm=norm, bias=True, tie_embeddings=True)
+        norm, tied = LayerNormConfig(name=NormType.layer_norm, eps=eps, bias=True), bool(config["tie_word_embeddings"])
+        head = MLMHeadConfig(activation=activation(config, "hidden_act").value, layer_norm=norm, bias=True, tie_embeddings=tied)
         return NativeModel(backbone, head, needed(config, "vocab_size"))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:
@@ -109,11 +114,13 @@ class Bert(Family):
             *with_bias("cls.predictions.transform.LayerNorm", "head.norm", True),
             rename("cls.predictions.bias", "head.w_out.bias"),
         ]
+        if not model.head.is_tied:
+            found.append(rename("cls.predictions.decoder.weight", "head.w_out.weight"))
         for theirs, ours in LINEARS.items():
             found += with_bias(f"{LAYERS}.{theirs}", f"{BLOCK}.{ours}", True)
         same = {"bert.embeddings": "backbone.embedding_norm", f"{LAYERS}.attention": f"{BLOCK}.attention_norm", LAYERS: BLOCK}
         return [*found, *modules(same | {"cls.predictions.transform": "head.norm"})]
 
     def copies(self, model: NativeModel) -> dict[str, str]:
-        embedding = "bert.embeddings.word_embeddings.weight"
-        return {"cls.predictions.decoder.weight": embedding, "cls.predictions.decoder.bias": "cls.predictions.bias"}
+        tied = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"} if model.head.is_tied else {}
+        return tied | {"cls.predictions.decoder.bias": "cls.predictions.bias"}

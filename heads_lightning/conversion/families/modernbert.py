@@ -23,6 +23,7 @@ from heads_lightning.conversion.families.base import (
     rotary,
     with_bias,
 )
+from heads_lightning.conversion.families.decoder import full_layers
 from heads_lightning.conversion.mapping import StateMappingTemplate
 from heads_lightning.registry import ConfigError
 
@@ -45,9 +46,16 @@ class ModernBert(Family):
     objective = "mlm"
     attention = Attention.bidirectional
     head_prefixes = ("head.", "decoder.")
+    defaults = DEFAULTS
+    harmless = frozenset(
+        {
+            *("classifier_pooling", "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "sparse_prediction"),
+            *("sparse_pred_ignore_index", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"),
+            *("position_embedding_type", "layer_norm_eps"),  # in published files; the class reads neither
+        }
+    )
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = DEFAULTS | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
         base, scaling = rotary(config, default_base=float(config.get("global_rope_theta", 160000.0)))
         norm = LayerNormConfig(name=NormType.layer_norm, eps=float(config["norm_eps"]), bias=bool(config.get("norm_bias", False)))
         backbone = TransformerConfig(
@@ -149,13 +157,14 @@ def _split(source: str, dests: tuple[str, ...], bias: bool) -> list[StateMapping
 def _local(config: HFConfig) -> LocalAttention:
     layers, every = range(config["num_hidden_layers"]), config["global_attn_every_n_layers"]
     kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in layers]
-    full = [i for i in layers if kinds[i] == "full_attention"]
+    full, theta = full_layers(kinds, len(layers)), float(config.get("local_rope_theta", 10000.0))
+    width = config["local_attention"]
     if len(full) == len(layers):
         return LocalAttention()
-    base, scaling = rotary(config, default_base=float(config.get("local_rope_theta", 10000.0)), layers="sliding_attention")
+    base, scaling = rotary(config, default_base=theta, layers="sliding_attention")
     if scaling.type != RotaryScalingType.none:
         raise ConfigError("rope_parameters.sliding_attention of modernbert is scaled, which has no native counterpart")
-    return LocalAttention(window=config["local_attention"] // 2 + 1, global_layers=full, rotary_base=base)
+    return LocalAttention(window=width // 2 + 1, global_layers=full, rotary_base=base)
 
 
 def _every(backbone: TransformerConfig) -> dict[str, int]:
