@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
@@ -111,8 +111,8 @@ class BiGSModel(BiGSPreTrainedModel):
         """
         if use_cache and past_key_values is None:
             past_key_values = GenerationState(self.backbone.new_cache(input_ids.shape[0], 0))
-        if past_key_values is not None and past_key_values.get_seq_length():
-            check_mask(attention_mask if self.config.mask_padding else None, ends=False)
+        if past_key_values is not None and self.config.mask_padding:
+            check_mask(attention_mask, past_key_values.get_seq_length())
         cache = None if past_key_values is None else past_key_values.cache
         attention = Attention(self.backbone.config.direction.value)
         batch = Batch(input_ids, input_ids, attention, 0, 0, segments_BS=self._segments(input_ids, attention_mask))
@@ -210,7 +210,7 @@ class BiGSForMaskedLM(BiGSWithHead):
         return output.to_tuple() if return_dict is False else output
 
 
-class BiGSForCausalLM(BiGSWithHead, GeneratesFromState):
+class BiGSForCausalLM(BiGSWithHead, GeneratesFromState, GenerationMixin):
     """Left-to-right language modelling; generate() carries a state of constant size."""
 
     direction = "causal"

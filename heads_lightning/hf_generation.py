@@ -34,7 +34,10 @@ class GenerationState:
 
 
 class GeneratesFromState(GenerationMixin):
-    """generate() for a causal model that makes its GenerationState in the first forward pass. Prompts are padded on the left."""
+    """generate() for a causal model that makes its GenerationState in the first forward pass. Prompts are padded on the left.
+
+    transformers looks for GenerationMixin among the bases of a model's class itself: name it there too.
+    """
 
     _is_stateful = True
 
@@ -48,20 +51,17 @@ class GeneratesFromState(GenerationMixin):
         return past_key_values
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """As transformers does, for masks that a causal model can go on from."""
-        check_mask(attention_mask, ends=True)
+        """As transformers does, for masks that end with a token."""
+        check_mask(attention_mask, 0 if attention_mask is None else attention_mask.shape[-1])
         return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
 
 
-def check_mask(attention_mask: Tensor | None, *, ends: bool) -> None:
-    """Refuse a mask with padding in the middle, or (`ends`) at the end: what follows would continue the padding.
+def check_mask(attention_mask: Tensor | None, read: int) -> None:
+    """Refuse to go on from padding: what follows would continue it, and not the prompt before it.
 
     Args:
         attention_mask: [B, positions so far], 0 at padding.
-        ends: the last position of each row is to be continued.
+        read: positions that were read; the last of them is continued.
     """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return
-    hidden = attention_mask == 0
-    if bool((hidden[:, 1:] & ~hidden[:, :-1]).any()) or (ends and bool(hidden[:, -1].any())):
+    if attention_mask is not None and 0 < read <= attention_mask.shape[-1] and bool((attention_mask[:, read - 1] == 0).any()):
         raise ValueError("a prompt that is padded on the right cannot be continued; pad on the left: tokenizer.padding_side = 'left'")

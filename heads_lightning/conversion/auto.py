@@ -11,8 +11,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForTokenClassification
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForTokenClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, TokenClassifierOutput
 
 from heads_lightning.backbones.layers import KeyValueCache
@@ -43,7 +50,8 @@ class HeadsLightningConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.attention = attention
         self.objective = objective
-        options: dict[str, Any] = {"tie_word_embeddings": False, "use_cache": True} | kwargs
+        self.use_cache = kwargs.pop("use_cache", True)
+        options: dict[str, Any] = {"tie_word_embeddings": False} | kwargs
         super().__init__(**options)
 
 
@@ -76,7 +84,7 @@ class _HeadsLightningModel(PreTrainedModel):
         return self.backbone(batch, None if state is None else state.cache)
 
 
-class HeadsLightningForCausalLM(_HeadsLightningModel, GeneratesFromState):
+class HeadsLightningForCausalLM(_HeadsLightningModel, GeneratesFromState, GenerationMixin):
     """A native model that reads from left to right; generate() keeps keys and values, or states."""
 
     def forward(
@@ -103,8 +111,8 @@ class HeadsLightningForCausalLM(_HeadsLightningModel, GeneratesFromState):
             ValueError: padding between what was read and what follows.
         """
         keeps = self.config.use_cache and not self.training and labels is None if use_cache is None else use_cache
-        if past_key_values is not None and past_key_values.get_seq_length():
-            check_mask(attention_mask, ends=False)
+        if past_key_values is not None:
+            check_mask(attention_mask, past_key_values.get_seq_length())
         state = self._state(past_key_values, input_ids) if keeps or past_key_values is not None else None
         hidden_BSD = self._hidden(input_ids, attention_mask, Attention.causal, state)
         logits = self.head(hidden_BSD, logits_to_keep=logits_to_keep)

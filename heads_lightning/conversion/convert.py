@@ -266,7 +266,9 @@ def _notes(planned: Plan, request: ConvertRequest) -> list[str]:
     if exported and planned.family.name == "BiGS":
         notes.append("transformers itself has no BiGS: it opens after `import heads_lightning`")
     if isinstance(planned.family, VHead):
-        where = "head.lm_weight=1 keeps the projection; 0 trains values alone" if not exported else "a plain AutoModelForCausalLM ignores it"
+        where = (
+            "head.lm_weight=1 keeps the projection; 0 trains values alone" if not exported else "a plain AutoModelForCausalLM ignores it"
+        )
         notes.append(f"the value head is v_head.summary, beside the projection ({where})")
     return notes
 

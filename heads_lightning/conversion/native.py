@@ -52,9 +52,7 @@ class NativeLM(nn.Module):
         """
         return self.head(self.hidden(tokens_BS, mask_BS, attention=attention, encoder_tokens_BT=encoder_tokens_BT))
 
-    def hidden(
-        self, tokens_BS: Tensor, mask_BS: Tensor | None, *, attention: Attention, encoder_tokens_BT: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, tokens_BS: Tensor, mask_BS: Tensor | None, *, attention: Attention, encoder_tokens_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, S, D]. Arguments as in forward."""
         segments_BS = None if mask_BS is None else torch.where(mask_BS.bool(), 0, PADDING)
         if encoder_tokens_BT is not None:

@@ -81,6 +81,8 @@ def family_of_model(model: NativeModel, name: str | None = None) -> Family:
     fits = next((family for family in asked if family.refusal(model) is None), None)
     if fits is not None:
         return fits
-    reasons = "; ".join(f"{family.architecture}: {family.refusal(model)}" if len(asked) > 1 else str(family.refusal(model)) for family in asked)
+    reasons = "; ".join(
+        f"{family.architecture}: {family.refusal(model)}" if len(asked) > 1 else str(family.refusal(model)) for family in asked
+    )
     reasons = reasons or f"head={model.head.name} has no place there"
     raise ConfigError(f"family={name} cannot express this model: {reasons}; leave family out to use {family_of_model(model).name}")

@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from heads_lightning.batch import Attention
@@ -85,7 +86,7 @@ class Family(ABC):
     """What stands before the trunk's weights."""
     head_prefixes: tuple[str, ...] = ("lm_head.",)
     """What the head's weights begin with."""
-    defaults: HFConfig = {}
+    defaults: HFConfig = MappingProxyType({})
     """What transformers assumes where config.json is silent."""
     harmless: frozenset[str] = frozenset()
     """Fields of its config.json, beside those of HARMLESS, that make no difference to logits or values."""
@@ -164,7 +165,15 @@ HARMLESS = frozenset(
     {
         # how the file was made, and how transformers runs and returns
         *("model_type", "architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "torchscript"),
-        *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_past", "use_return_dict", "chunk_size_feed_forward"),
+        *(
+            "use_cache",
+            "return_dict",
+            "output_attentions",
+            "output_hidden_states",
+            "output_past",
+            "use_return_dict",
+            "chunk_size_feed_forward",
+        ),
         *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing", "use_bfloat16"),
         *("pretraining_tp", "auto_map", "tokenizer_class", "processor_class", "unsloth_version", "unsloth_fixed"),  # auto_map: never run
         # names of classes and tasks
@@ -179,6 +188,7 @@ HARMLESS = frozenset(
         *("exponential_decay_length_penalty", "remove_invalid_values", "bad_words_ids"),
         # training alone
         *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
+        "summary_dropout_prob",
     }
 )
 """Fields of any config.json that make no difference to what a model computes."""

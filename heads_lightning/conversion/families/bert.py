@@ -52,7 +52,6 @@ class Bert(Family):
     head_prefixes = ("cls.",)
     defaults: ClassVar[HFConfig] = {
         **{"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512},
-        "tie_word_embeddings": True,
     }
     harmless = frozenset({"directionality", *(f"pooler_{part}" for part in POOLER)})
     left_out: ClassVar[Mapping[str, str]] = {
@@ -62,7 +61,8 @@ class Bert(Family):
     }
 
     def read(self, config: HFConfig) -> NativeModel:
-        refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+        # untied, transformers 5 has two biases of which one is read; which of them a file means depends on who wrote it
+        refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False, tie_word_embeddings=True)
         eps = float(config["layer_norm_eps"])
         backbone = TransformerConfig(
             d_model=needed(config, "hidden_size"),
@@ -81,8 +81,8 @@ class Bert(Family):
             max_positions=config["max_position_embeddings"],
             init_std=float(config.get("initializer_range", 0.02)),
         )
-        norm, tied = LayerNormConfig(name=NormType.layer_norm, eps=eps, bias=True), bool(config["tie_word_embeddings"])
-        head = MLMHeadConfig(activation=activation(config, "hidden_act").value, layer_norm=norm, bias=True, tie_embeddings=tied)
+        norm = LayerNormConfig(name=NormType.layer_norm, eps=eps, bias=True)
+        head = MLMHeadConfig(activation=activation(config, "hidden_act").value, layer_norm=norm, bias=True, tie_embeddings=True)
         return NativeModel(backbone, head, needed(config, "vocab_size"))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:
@@ -114,13 +114,11 @@ class Bert(Family):
             *with_bias("cls.predictions.transform.LayerNorm", "head.norm", True),
             rename("cls.predictions.bias", "head.w_out.bias"),
         ]
-        if not model.head.is_tied:
-            found.append(rename("cls.predictions.decoder.weight", "head.w_out.weight"))
         for theirs, ours in LINEARS.items():
             found += with_bias(f"{LAYERS}.{theirs}", f"{BLOCK}.{ours}", True)
         same = {"bert.embeddings": "backbone.embedding_norm", f"{LAYERS}.attention": f"{BLOCK}.attention_norm", LAYERS: BLOCK}
         return [*found, *modules(same | {"cls.predictions.transform": "head.norm"})]
 
     def copies(self, model: NativeModel) -> dict[str, str]:
-        tied = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"} if model.head.is_tied else {}
-        return tied | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+        embedding = "bert.embeddings.word_embeddings.weight"
+        return {"cls.predictions.decoder.weight": embedding, "cls.predictions.decoder.bias": "cls.predictions.bias"}

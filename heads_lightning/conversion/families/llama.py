@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import AttentionBias
@@ -16,7 +16,7 @@ class Llama(Family):
 
     name = "llama"
     architecture = "LlamaForCausalLM"
-    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
+    defaults: ClassVar[HFConfig] = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
 
     def read(self, config: HFConfig) -> NativeModel:
         return decoder.decoder_model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import LocalAttention
@@ -16,7 +16,7 @@ class Mistral(Family):
 
     name = "mistral"
     architecture = "MistralForCausalLM"
-    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}
+    defaults: ClassVar[HFConfig] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}
 
     def read(self, config: HFConfig) -> NativeModel:
         refuse(config, layer_types=None)

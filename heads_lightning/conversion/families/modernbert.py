@@ -21,6 +21,7 @@ from heads_lightning.conversion.families.base import (
     needed,
     rename,
     rotary,
+    rotary_fields,
     with_bias,
 )
 from heads_lightning.conversion.families.decoder import full_layers
@@ -89,11 +90,10 @@ class ModernBert(Family):
         backbone, head = model.backbone, model.head
         if not isinstance(backbone, TransformerConfig) or not isinstance(head, MLMHeadConfig):
             raise ConfigError(f"backbone={backbone.name} with head={head.name} is not a transformer with head=mlm")
-        if backbone.rotary_scaling.type != RotaryScalingType.none:
-            raise ConfigError("backbone.rotary_scaling is not written for modernbert")
         local = backbone.local_attention
         local_base = backbone.rotary_base if local.rotary_base is None else local.rotary_base
-        rope = {"full_attention": backbone.rotary_base, "sliding_attention": local_base}
+        rope = {"full_attention": rotary_fields(backbone)["rope_parameters"]}
+        rope["sliding_attention"] = {"rope_type": "default", "rope_theta": local_base}
         return {
             "vocab_size": model.vocab_size,
             "hidden_size": backbone.d_model,
@@ -109,7 +109,7 @@ class ModernBert(Family):
             "mlp_bias": backbone.has_feed_forward_bias,
             "local_attention": 128 if local.window is None else 2 * (local.window - 1),
             "layer_types": ["sliding_attention" if backbone.is_local(i) else "full_attention" for i in range(backbone.num_layers)],
-            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in rope.items()},
+            "rope_parameters": rope,
             "global_rope_theta": backbone.rotary_base,
             "local_rope_theta": local_base,
             "classifier_activation": SPELLED[ACTIVATIONS[_spelled(head.activation)]],

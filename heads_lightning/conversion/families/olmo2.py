@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import AttentionBias, NormPlacement, QKNormWidth
@@ -16,7 +16,7 @@ class Olmo2(Family):
 
     name = "olmo2"
     architecture = "Olmo2ForCausalLM"
-    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-5}
+    defaults: ClassVar[HFConfig] = {"hidden_act": "silu", "rms_norm_eps": 1e-5}
 
     def read(self, config: HFConfig) -> NativeModel:
         own = {"qk_norm": True, "qk_norm_width": QKNormWidth.full, "norm_placement": NormPlacement.reordered}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import AttentionBias, QKNormWidth
@@ -16,7 +16,10 @@ class Qwen3(Family):
 
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
-    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096}
+    defaults: ClassVar[HFConfig] = {
+        **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 32},
+        **{"head_dim": 128, "sliding_window": 4096},
+    }
 
     def read(self, config: HFConfig) -> NativeModel:
         own = {"qk_norm": True, "qk_norm_width": QKNormWidth.head, "local_attention": decoder.sliding_layers(config)}

@@ -132,7 +132,6 @@ class VHead(ValueFamily):
         super().__init__(trunk)
         self.architecture = trunk.architecture
         self.head_prefixes = (*trunk.head_prefixes, V_HEAD)
-        self.harmless |= {"summary_dropout_prob", "token_classification_bias"}
 
     def read(self, config: HFConfig) -> NativeModel:
         model = self.trunk.read(config)
@@ -167,13 +166,12 @@ V_HEAD = "v_head."
 
 def value_family(trunk: Family, config: HFConfig, names: Iterable[str] = ()) -> ValueFamily | None:
     """The family of a folder with a value head, by its config.json and the names of its weights; None where there is none."""
-    if any(name.startswith(V_HEAD) for name in names):
+    classifies = any(str(name).endswith("ForTokenClassification") for name in config.get("architectures") or ())
+    if any(name.startswith(V_HEAD) for name in names) or (HEAD in config and not classifies):
         if trunk.name not in V_HEADS:
             raise ConfigError(f"a v_head beside model_type={trunk.name} cannot be converted; known: {', '.join(V_HEADS)}")
         return VHead(trunk)
-    if any(str(name).endswith("ForTokenClassification") for name in config.get("architectures") or ()) and trunk.name in CLASSIFIERS:
-        return TokenClassification(trunk)
-    return None
+    return TokenClassification(trunk) if classifies and trunk.name in CLASSIFIERS else None
 
 
 def _class_name(trunk: Family) -> str:
