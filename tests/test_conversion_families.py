@@ -232,3 +232,10 @@ def test_what_is_harmless_is_so_by_numbers(kind: str) -> None:
             logits.append(model(tokens, **({"decoder_input_ids": tokens} if kind == "t5" else {})).logits)
     assert changed
     assert torch.equal(*logits), sorted(changed)
+
+
+def test_the_tables_of_the_page_are_current() -> None:
+    import conversion_table
+
+    current = conversion_table.PAGE.read_text(encoding="utf-8")
+    assert current == conversion_table.page(), "write them anew: python tests/conversion_table.py"

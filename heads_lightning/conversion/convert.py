@@ -165,8 +165,8 @@ class _Renamed(TensorSource):
         self.inner, self.names = inner, names
         self.specs = {ours: inner.specs[theirs] for ours, theirs in names.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.inner.read(self.names[name])
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.read(self.names[name], into)
 
     def opened(self, name: str) -> Any:
         return self.inner.opened(self.names[name])

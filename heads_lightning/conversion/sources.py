@@ -38,8 +38,8 @@ class TensorSource(ABC):
     """Every tensor's shape and type, as a tensor on meta."""
 
     @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """One tensor, on the CPU; `into`: a contiguous tensor of its shape and type to fill. None: a new one."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -70,13 +70,14 @@ class SafetensorsSource(TensorSource):
                 self._places[name] = place
         self.specs = {name: place.spec for name, place in self._places.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         spec = self._places[name].spec
-        flat = torch.empty(spec.numel() * spec.element_size(), dtype=torch.uint8)
-        with self.opened(name) as file:
-            assert file is not None
-            read_exactly(file, memoryview(flat.numpy()))  # pyright: ignore[reportArgumentType]
-        return flat.view(spec.dtype).view(spec.shape) if spec.numel() else torch.empty(spec.shape, dtype=spec.dtype)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype) if into is None else into
+        if tensor.numel():
+            with self.opened(name) as file:
+                assert file is not None
+                read_exactly(file, memoryview(tensor.flatten().view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
+        return tensor
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO | None]:
@@ -138,8 +139,8 @@ class TorchSource(TensorSource):
                 self._tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self.specs = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].clone()
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        return self._tensors[name].clone() if into is None else into.copy_(self._tensors[name])
 
     def fingerprint(self) -> str:
         return _stat_of(self.files)
@@ -175,11 +176,11 @@ class DistributedSource(TensorSource):
             ours: torch.empty(found[name].size, dtype=found[name].properties.dtype, device="meta") for ours, name in self._names.items()
         }
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         import torch.distributed.checkpoint as dcp
 
         stored = self._names[name]
-        state = {stored: torch.empty_like(self.specs[name], device="cpu")}
+        state = {stored: torch.empty_like(self.specs[name], device="cpu") if into is None else into}
         dcp.load(state, storage_reader=_reader(self.folder, self._metadata), no_dist=True)
         return state[stored]
 
