@@ -49,7 +49,7 @@ def tables() -> str:
 
 def _families() -> str:
     rows = [
-        "| model_type | classes | import | export | validated by logits, both ways, to the bit at state level |",
+        "| model_type | classes | import | export | validated by numbers, both ways, and to the bit |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, family in FAMILIES.items():
@@ -58,8 +58,9 @@ def _families() -> str:
         shown = ", ".join(cases) or "every backbone and head, in test_conversion.py and test_conversion_values.py"
         rows.append(f"| {name} | {', '.join(f'`{c}`' for c in classes)} | yes | yes | {shown} |")
     for family in with_values():
-        beside = "`v_head` beside `lm_head`" if family.auto_class.endswith("WithValueHead") else "one label"
-        rows.append(f"| {family.name}, value head | `{family.architecture}`: {beside} | yes | yes | values (and logits beside `v_head`) |")
+        both = family.auto_class.endswith("WithValueHead")
+        layout, compared = ("`v_head` beside `lm_head`", "values, logits") if both else ("one label", "values")
+        rows.append(f"| {family.name}, value head | `{family.architecture}`: {layout} | yes | yes | {compared} |")
     rows.append(f"| {OWN.name}, value head | `HeadsLightningForTokenClassification` | yes | yes | values |")
     return "\n".join(rows)
 

@@ -11,11 +11,21 @@ import transformers
 from conversion_models import BERT, BIGS, CASES, GPT2, LLAMA, LLAMA3, T5, VOCAB, theirs
 from torch import Tensor
 
+from heads_lightning import AutoModelForCausalLMWithValueHead
 from heads_lightning.bigs_models import PUBLISHED_NAMES, ours_from_published
 from heads_lightning.configs.backbone import NGPTConfig, TransformerConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig, NormalizedLMHeadConfig
 from heads_lightning.conversion import StateConverter
-from heads_lightning.conversion.families import FAMILIES, OWN, Family, NativeModel, effective, family_of_config, family_of_model
+from heads_lightning.conversion.families import (
+    FAMILIES,
+    OWN,
+    Family,
+    NativeModel,
+    effective,
+    family_of_config,
+    family_of_model,
+    with_values,
+)
 from heads_lightning.conversion.families.base import HARMLESS
 from heads_lightning.conversion.folders import special_tokens
 from heads_lightning.conversion.native import NativeLM, check_shapes
@@ -93,6 +103,34 @@ def test_both_directions(case: str) -> None:
 
 def test_every_family_is_compared() -> None:
     assert {kind for kind, _ in CASES.values()} | {OWN.name} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", with_values(), ids=lambda family: f"{family.name}-{family.auto_class}")
+def test_value_heads_in_both_directions(family: Family) -> None:
+    plain = theirs(family.name)
+    torch.manual_seed(1)
+    if family.auto_class.endswith("WithValueHead"):
+        model: Any = AutoModelForCausalLMWithValueHead(plain, v_head_init_strategy="normal").eval()
+        state, described = model.state_dict(), plain.config.to_dict()
+    else:
+        plain.config.num_labels = 1
+        model = transformers.AutoModelForTokenClassification.from_config(plain.config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        state, described = model.state_dict(), plain.config.to_dict() | {"architectures": [type(model).__name__]}
+    assert family_of_config(described, state).architecture == family.architecture
+    assert family.architecture in (type(plain).__name__, type(model).__name__)
+    native = family.native(described)
+    state = {name: tensor for name, tensor in state.items() if name not in family.copies(native) and not family.reason_left_out(name)}
+    converter = StateConverter(family.templates(native))
+    built = NativeLM(native).eval()
+    built.load_state_dict(converter.convert(state, family.bounds(native)))
+    assert compare(model, built, family, native).error <= 1e-5
+    back = converter.inverse().convert(built.state_dict(), family.bounds(native))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    assert family.refusal(native) is None
 
 
 def test_older_spellings_are_read() -> None:
