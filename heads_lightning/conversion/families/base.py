@@ -103,7 +103,7 @@ class Family(ABC):
         model = self.read(fields)
         unknown = {key: value for key, value in fields.unread().items() if key not in HARMLESS | self.harmless}
         if unknown:
-            said = ", ".join(f"{key}={_short(value)}" for key, value in sorted(unknown.items()))
+            said = ", ".join(f"{key}={str(value)[:60]}" for key, value in sorted(unknown.items()))
             raise ConfigError(
                 f"config.json of model_type={config.get('model_type')} sets {said}, which is not known here; "
                 f"take it out if the model computes the same without it"
@@ -192,11 +192,6 @@ HARMLESS = frozenset(
     }
 )
 """Fields of any config.json that make no difference to what a model computes."""
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def rename(source: str, dest: str, *, keeps_type: bool = False) -> StateMappingTemplate:
