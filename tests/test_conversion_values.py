@@ -179,7 +179,7 @@ def test_a_model_that_sees_both_sides_is_not_written_as_one_that_does_not(tmp_pa
 
 
 def test_steps_ahead_go_under_our_own_class(tmp_path: Path) -> None:
-    folder, *_ = native_run(tmp_path / "run", "objective=multi_token", "objective.steps=2", "head.steps_ahead=1", "head.bias=false")
+    folder, *_ = native_run(tmp_path / "run", "objective=multi_token", "objective.steps_ahead=1", "head.steps_ahead=1", "head.bias=false")
     record, _ = run(folder, tmp_path / "out", HUGGINGFACE)
     assert record.family == "heads_lightning"
 
