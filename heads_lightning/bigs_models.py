@@ -17,10 +17,11 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
 
-from heads_lightning.backbones.bigs import BiGS, StateCache
+from heads_lightning.backbones.bigs import BiGS
 from heads_lightning.backbones.ssm import S4D
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch
 from heads_lightning.bigs_config import BiGSConfig
+from heads_lightning.hf_generation import GeneratesFromState, GenerationState, check_mask
 
 PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
     (".LayerNorm.", ".norm."),
@@ -110,7 +111,9 @@ class BiGSModel(BiGSPreTrainedModel):
         """
         if use_cache and past_key_values is None:
             past_key_values = GenerationState(self.backbone.new_cache(input_ids.shape[0], 0))
-        cache = None if past_key_values is None else past_key_values.states
+        if past_key_values is not None and self.config.mask_padding:
+            check_mask(attention_mask, past_key_values.get_seq_length())
+        cache = None if past_key_values is None else past_key_values.cache
         attention = Attention(self.backbone.config.direction.value)
         batch = Batch(input_ids, input_ids, attention, 0, 0, segments_BS=self._segments(input_ids, attention_mask))
         course = self.backbone.course(batch, cache)
@@ -135,23 +138,6 @@ class BiGSModel(BiGSPreTrainedModel):
         if not torch.compiler.is_compiling() and bool(shown_BS.all()):
             return None
         return torch.where(shown_BS, 0, PADDING)
-
-
-class GenerationState:
-    """The states of a BiGS backbone as generate() hands them around."""
-
-    is_compileable = False
-
-    def __init__(self, states: StateCache) -> None:
-        self.states = states
-
-    def get_seq_length(self) -> int:
-        """Positions read."""
-        return self.states.length
-
-    def reorder_cache(self, rows: Tensor) -> None:
-        """Row b goes on with what row rows[b] has read (beam search)."""
-        self.states.reorder(rows)
 
 
 class PredictionHead(nn.Module):
@@ -224,20 +210,10 @@ class BiGSForMaskedLM(BiGSWithHead):
         return output.to_tuple() if return_dict is False else output
 
 
-class BiGSForCausalLM(BiGSWithHead, GenerationMixin):
+class BiGSForCausalLM(BiGSWithHead, GeneratesFromState, GenerationMixin):
     """Left-to-right language modelling; generate() carries a state of constant size."""
 
     direction = "causal"
-    _is_stateful = True
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # the states are made by the first forward pass
-
-    @staticmethod
-    def _reorder_cache(past_key_values: GenerationState, beam_idx: Tensor) -> GenerationState:
-        past_key_values.reorder_cache(beam_idx)
-        return past_key_values
 
     def forward(
         self,

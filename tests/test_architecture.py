@@ -26,9 +26,9 @@ LAYERS: dict[str, float] = {
     "module": 3,
     "execution": 0, "likelihood": 4.2, "abilities": 4.2, "masked": 4.6,
     "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4, "span_filling": 4.5,
-    "bigs_config": 4, "bigs_models": 4.5, "auto_classes": 4.8,
+    "bigs_config": 4, "hf_generation": 4.2, "bigs_models": 4.5, "auto_classes": 4.8, "value_models": 4.5,
     "problems": 5.1, "lm_eval": 5.2, "comparison": 5,
-    "scoring": 5, "conversion": 5, "t5_parallel": 5.1, "testing": 5, "value_models": 5,
+    "scoring": 5, "conversion": 5, "t5_parallel": 5.1, "testing": 5,
     "value_export": 5.2, "planning": 5, "preflight": 5.5, "summary": 5.3, "html_report": 5.3, "run": 5.6, "library": 5.7, "sweeps": 5.8,
     "commands": 6, "__main__": 7,
 }  # fmt: skip

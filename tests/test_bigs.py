@@ -453,7 +453,7 @@ def test_compiles_whole_and_without_a_warning(config: BiGSBackboneConfig, packed
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4 * float(other.abs().max().clamp(min=1e-6)))
 
 
-# ---- what is refused, and by which words (B10, B20)
+# ---- what is refused, and by which words (B10, B20, B21)
 
 
 def test_objectives_that_look_ahead_and_those_that_must_not() -> None:
@@ -464,6 +464,20 @@ def test_objectives_that_look_ahead_and_those_that_must_not() -> None:
             compose(["backbone=bigs", f"objective={objective}"])
     with pytest.raises(ConfigError, match=r"use backbone\.direction=bidirectional"):
         compose(["backbone=bigs", "backbone.direction=causal", "objective=mlm"])
+
+
+def test_values_on_what_reads_both_sides() -> None:
+    """B21: a token may be scored when it was read; before that, a trunk that looks ahead has seen it."""
+    value = ["objective=value", "head=value", "backbone=bigs"]
+    config = compose([*value, "objective.bidirectional=true", "objective.alignment=after_token"])
+    head = config.head.build(d_model=16, objective=config.objective)
+    hidden = TINY.build(vocab_size=VOCAB)(batch_of(draw_tokens(2, 8), Attention.bidirectional))
+    assert head.values(hidden).shape == (2, 8)
+    with pytest.raises(ConfigError, match=r"alignment=state_before_action scores a token before it is read, and .*reads it"):
+        compose([*value, "objective.bidirectional=true", "objective.alignment=state_before_action"])
+    with pytest.raises(ConfigError, match=r"use backbone\.direction=causal"):
+        compose([*value, "objective.alignment=state_before_action"])
+    compose([*value, "backbone.direction=causal", "objective.alignment=state_before_action"])
 
 
 def test_batches_of_the_wrong_attention_are_refused() -> None:

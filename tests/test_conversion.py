@@ -64,11 +64,10 @@ def state_of(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
-def native_run(folder: Path, *overrides: str) -> tuple[Path, Any, Any, Any]:
+def native_run(folder: Path, *overrides: str, transformer: bool = True) -> tuple[Path, Any, Any, Any]:
     """A run folder with one checkpoint, as training writes it: (folder, config, backbone, head)."""
-    config = compose(
-        ["tokenizer=byte", "tokenizer.num_sentinels=0", "backbone.d_model=32", "backbone.num_layers=2", "backbone.num_heads=4", *overrides]
-    )
+    sizes = ["backbone.d_model=32", "backbone.num_layers=2", *(["backbone.num_heads=4"] if transformer else ["backbone.state_size=8"])]
+    config = compose(["tokenizer=byte", "tokenizer.num_sentinels=0", *sizes, *overrides])
     backbone, head = build_model(config, TOKENIZER.vocabulary.size)
     state = {f"{p}.{n}": t for p, m in (("backbone", backbone), ("head", head)) for n, t in m.state_dict().items()}
     record = {"config": to_yaml(config), "tokenizer": tokenizer_files(TOKENIZER)}

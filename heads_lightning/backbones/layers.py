@@ -84,6 +84,19 @@ class KeyValueCache(Cache):
             self.segments_BT = torch.cat((old, new.to(old.dtype)), dim=1)
         return self.segments_BT
 
+    def reserve(self, positions: int) -> None:
+        """Make room for so many positions, for callers that do not know how many there will be; what is held stays."""
+        held = self.keys_LBKTE.shape[3]
+        if positions <= held:
+            return
+        more = (0, 0, 0, max(positions, 2 * held) - held)
+        self.keys_LBKTE, self.values_LBKTE = F.pad(self.keys_LBKTE, more), F.pad(self.values_LBKTE, more)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b goes on with what row rows[b] has read."""
+        self.keys_LBKTE, self.values_LBKTE = self.keys_LBKTE[:, rows], self.values_LBKTE[:, rows]
+        self.segments_BT = None if self.segments_BT is None else self.segments_BT[rows]
+
     def advance(self, count: int) -> None:
         """Count the positions that every layer has stored."""
         self._length += count

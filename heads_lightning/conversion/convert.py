@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from heads_lightning import __version__
+from heads_lightning.backbones.ssm import S4D
+from heads_lightning.batch import Attention
 from heads_lightning.configs.requests import ConvertRequest, ConvertTarget
 from heads_lightning.conversion import folders, streaming
 from heads_lightning.conversion.converter import StateConverter
 from heads_lightning.conversion.families import OWN, Family, NativeModel, family_of_model
+from heads_lightning.conversion.families.value import VHead
 from heads_lightning.conversion.folders import Checkpoint, open_checkpoint
 from heads_lightning.conversion.mapping import ConversionError, StateMapping, StateMappingTemplate, listed
 from heads_lightning.conversion.native import NativeLM, check_shapes
@@ -23,7 +26,7 @@ from heads_lightning.conversion.sources import TensorSource, open_weights
 from heads_lightning.conversion.validation import compare, compare_in, open_huggingface, require_transformers
 from heads_lightning.registry import ConfigError
 
-VOCABULARY = ("backbone.embedding.weight", "head.w_out.weight", "head.w_out.bias", "head.sz")
+VOCABULARY = ("backbone.embedding.weight", "head.w_out.weight", "head.w_out.bias", "head.sz", "head.lm_head.w_out.weight")
 """Native weights with a row per vocabulary entry."""
 
 
@@ -49,6 +52,8 @@ class Conversion:
     """Largest relative difference of logits and how it was measured, or false where it was not asked for."""
     tokens: dict[str, Any] = field(default_factory=dict)
     """Special token ids of the source."""
+    notes: list[str] = field(default_factory=list)
+    """What else one should know about the result."""
     version: str = __version__
     """Of heads_lightning."""
     seconds: float = 0.0
@@ -91,11 +96,12 @@ def convert(request: ConvertRequest, *, say: Callable[[str], None] = print) -> C
     done = streaming.stream(shards, planned.source, target, dtype=dtype, say=say)
     if done.shards_found:
         say(f"{done.shards_found} shards were there already, from an attempt that was stopped")
-    dtypes = sorted({str(spec.dtype).removeprefix("torch.") for spec in specs.values() if spec.is_floating_point()})
+    dtypes = _dtypes(planned, specs)
     _write_files(planned, target, request, dtypes)
     record = Conversion(
         request.from_, str(request.to), planned.family.name, len(specs), sum(map(streaming.bytes_of, specs.values())), dtypes
     )
+    record.notes = _notes(planned, request)
     record.left_out, record.tokens = planned.left_out, checkpoint.tokens
     if request.validate:
         record.validated = _validate(planned, target, request)
@@ -145,9 +151,10 @@ def _templates(
     checkpoint: Checkpoint, family: Family, model: NativeModel, to: ConvertTarget, source: TensorSource
 ) -> list[StateMappingTemplate]:
     """From the source's names to the target's; the same names where both are of one form."""
-    if checkpoint.form == to:
-        return [StateMappingTemplate(name, name) for name in source.specs]
     templates = [t for t in family.templates(model) if t.state_type == "weight"]
+    if checkpoint.form == to:
+        exact = {key for t in templates if t.keeps_type for m in t.mappings(family.bounds(model)) for key in (*m.source_keys, *m.dest_keys)}
+        return [StateMappingTemplate(name, name, keeps_type=name in exact) for name in source.specs]
     return templates if to == ConvertTarget.native else [template.inverse() for template in templates]
 
 
@@ -158,8 +165,8 @@ class _Renamed(TensorSource):
         self.inner, self.names = inner, names
         self.specs = {ours: inner.specs[theirs] for ours, theirs in names.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.inner.read(self.names[name])
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        return self.inner.read(self.names[name], into)
 
     def opened(self, name: str) -> Any:
         return self.inner.opened(self.names[name])
@@ -218,20 +225,59 @@ def _validate(planned: Plan, target: streaming.Target, request: ConvertRequest) 
     if planned.checkpoint.form == request.to:
         _compare_bits(planned, written, request)
         return {"method": "bits" if request.dtype is None else "values in the new type"}
-    theirs = Path(planned.checkpoint.name).expanduser() if planned.checkpoint.form == "huggingface" else target.partial
+    imported = planned.checkpoint.form == "huggingface"
+    theirs = Path(planned.checkpoint.name).expanduser() if imported else target.partial
     ours = load_native(planned.model, native)
     model = open_huggingface(theirs, planned.family)
+    if request.dtype is not None:  # the side that was not written has more digits: both are compared with those that were
+        _round(model if imported else ours, getattr(torch, request.dtype), planned)
     agreement = compare(model, ours, planned.family, planned.model)
-    stored = {spec.dtype for spec in written.specs.values() if spec.is_floating_point()}
-    if len(stored) == 1 and (half := stored.pop()) in (torch.bfloat16, torch.float16):
+    stored = _dtypes(planned, written.specs)
+    if len(stored) == 1 and (half := getattr(torch, stored[0])) in (torch.bfloat16, torch.float16):
         agreement = compare_in(half, model, ours, planned.family, planned.model, agreement)
     return {"method": "logits", **asdict(agreement)}
 
 
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtype: torch.dtype, planned: Plan) -> None:
+    """Round a model's weights to a type, as the written ones were."""
+    exact = {key for m in planned.mappings if m.keeps_type for key in (*m.source_keys, *m.dest_keys)}
+    systems = {id(parameter) for module in model.modules() if isinstance(module, S4D) for parameter in module.parameters()}
+    for name, parameter in model.named_parameters():
+        if name not in exact and id(parameter) not in systems:
+            parameter.copy_(parameter.to(dtype).float())
+
+
+def _dtypes(planned: Plan, specs: Mapping[str, torch.Tensor]) -> list[str]:
+    """Types of the weights, but for those that keep their own."""
+    exact = {key for mapping in planned.mappings if mapping.keeps_type for key in mapping.dest_keys}
+    floating = {spec.dtype for name, spec in specs.items() if spec.is_floating_point() and name not in exact}
+    return sorted(str(dtype).removeprefix("torch.") for dtype in floating)
+
+
+def _notes(planned: Plan, request: ConvertRequest) -> list[str]:
+    """Lines about a conversion that is right, and of which one should know something."""
+    model, notes = planned.model, []
+    exported = request.to == ConvertTarget.huggingface
+    if exported and model.attention == Attention.prefix:
+        notes.append(f"trained with a prefix that sees itself whole; {planned.family.architecture} reads it from left to right")
+    if exported and planned.family.name == OWN.name:
+        notes.append("no architecture of transformers expresses this model: it opens after `import heads_lightning.conversion.auto`")
+    if exported and planned.family.name == "BiGS":
+        notes.append("transformers itself has no BiGS: it opens after `import heads_lightning`")
+    if isinstance(planned.family, VHead):
+        where = (
+            "head.lm_weight=1 keeps the projection; 0 trains values alone" if not exported else "a plain AutoModelForCausalLM ignores it"
+        )
+        notes.append(f"the value head is v_head.summary, beside the projection ({where})")
+    return notes
+
+
 def _compare_bits(planned: Plan, written: TensorSource, request: ConvertRequest) -> None:
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
+    exact = {key for mapping in planned.mappings if mapping.keeps_type for key in mapping.dest_keys}
     for name in planned.source.specs:
-        want = streaming.cast(planned.source.read(name), dtype)
+        want = streaming.cast(planned.source.read(name), None if name in exact else dtype)
         if not torch.equal(want[: len(written.specs[name])] if want.ndim else want, written.read(name)):
             raise ConversionError(f"{name} was not written as it was read")
 
@@ -254,8 +300,7 @@ def summary(record: Conversion, out: str) -> str:
     for name, reason in record.left_out.items():
         by_reason.setdefault(reason, []).append(name)
     lines += [f"left out: {listed(names)}: {reason}" for reason, names in by_reason.items()]
-    if record.family == OWN.name and record.form == ConvertTarget.huggingface:
-        lines.append("no architecture of transformers expresses this model: it opens after `import heads_lightning.conversion.auto`")
+    lines += record.notes
     if not record.validated:
         return "\n".join([*lines, "not validated (validate=false)"])
     if "error" in record.validated:

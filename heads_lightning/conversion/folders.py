@@ -13,18 +13,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from heads_lightning.batch import Attention
 from heads_lightning.composition import compose, from_yaml, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
-from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.layers import Position
+from heads_lightning.configs.value import ValueConfig
 from heads_lightning.conversion.families import OWN, Family, NativeModel, family_of_config
 from heads_lightning.conversion.pretrained import native_backbone, read_config
-from heads_lightning.conversion.sources import TensorSource, TorchSource, open_weights
+from heads_lightning.conversion.sources import DistributedSource, TensorSource, TorchSource, open_weights
 from heads_lightning.experiment import find_checkpoint
 from heads_lightning.objectives.base import Vocabulary
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.checkpoints import KEY, read_checkpoint
+from heads_lightning.training.checkpoints import KEY, is_weights_folder, read_checkpoint
+from heads_lightning.training.distributed_checkpoints import STATE
 
 CONFIG, NATIVE_CONFIG, RECORD, GENERATION = "config.json", "config.yaml", "conversion.json", "generation_config.json"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -73,10 +76,11 @@ def open_checkpoint(reference: str, *, run_root: str = "runs") -> Checkpoint:
 
 
 def _open_huggingface(name: str, folder: Path) -> Checkpoint:
-    config = read_config(folder)
-    family = family_of_config(config)
+    config, weights = read_config(folder), open_weights(folder)
+    family = family_of_config(config, weights.specs)
+    model = family.native(config)
     tokens = {key: config[key] for key in (*TOKEN_FIELDS, DECODER_START) if key in config}
-    return Checkpoint(name, "huggingface", family.native(config), open_weights(folder), family, _travelling(folder), tokens)
+    return Checkpoint(name, "huggingface", model, weights, family.of_model(model), _travelling(folder), tokens)
 
 
 def _open_native(name: str, folder: Path) -> Checkpoint:
@@ -86,11 +90,16 @@ def _open_native(name: str, folder: Path) -> Checkpoint:
     return Checkpoint(name, "native", _model_of(config, weights), weights, None, _travelling(folder), tokens, config)
 
 
-def _open_run(name: str, file: Path) -> Checkpoint:
-    if file.is_dir():  # a native folder, found by its name
-        return _open_native(name, file)
-    record = read_checkpoint(file)[KEY]
-    config, weights = from_yaml(record["config"]), TorchSource([file], "state_dict")
+def _open_run(name: str, path: Path) -> Checkpoint:
+    """A run's checkpoint: a file, or a folder that its ranks wrote. The average of the weights counts where the run kept one."""
+    if is_weights_folder(path):
+        return _open_native(name, path)
+    if path.is_dir():
+        record = torch.load(path / STATE, weights_only=True)[KEY]
+        weights: TensorSource = DistributedSource(path, ("average.", "state_dict."))
+    else:
+        record, weights = read_checkpoint(path)[KEY], TorchSource([path], ("state_dict", "average"))
+    config = from_yaml(record["config"])
     files = {key: text.encode("utf-8") for key, text in record["tokenizer"].items()}
     return Checkpoint(name, "native", _model_of(config, weights), weights, None, files, {}, config)
 
@@ -101,12 +110,11 @@ def _travelling(folder: Path) -> dict[str, bytes]:
 
 def _model_of(config: ExperimentConfig, weights: TensorSource) -> NativeModel:
     """The model of an experiment; its vocabulary is as large as its embedding."""
-    if not isinstance(config.head, LMHeadConfig):
-        raise ConfigError(f"head={config.head.name} is no head over a vocabulary; such models are saved by heads_lightning.value_models")
     if "backbone.embedding.weight" not in weights.specs:
         raise ConfigError("the checkpoint holds no backbone.embedding.weight: it was not written by heads_lightning")
     rows = weights.specs["backbone.embedding.weight"].shape[0]
-    return NativeModel(native_backbone(config.backbone), config.head, rows)
+    judged = config.objective if isinstance(config.objective, ValueConfig) else None
+    return NativeModel(native_backbone(config.backbone), config.head, rows, config.objective.attention, judged)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------------
@@ -125,10 +133,7 @@ def huggingface_files(checkpoint: Checkpoint, family: Family, model: NativeModel
     tokens = checkpoint.tokens or special_tokens(_vocabulary(checkpoint.files), model.vocab_size)
     if family.attention == Attention.encoder_decoder:  # T5 decodes from padding
         tokens = {DECODER_START: tokens.get("pad_token_id")} | tokens
-    architecture = family.architecture
-    if family is OWN and checkpoint.config is not None and checkpoint.config.objective.attention == Attention.bidirectional:
-        architecture = OWN.masked_architecture
-    config = {"architectures": [architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
+    config = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype, "torch_dtype": dtype}
     files: dict[str, str | bytes] = {CONFIG: _json(config | family.describe(model) | tokens), **checkpoint.files}
     if family.objective == "causal":
         files.setdefault(
@@ -145,15 +150,18 @@ def native_files(checkpoint: Checkpoint, model: NativeModel) -> dict[str, str | 
 
 def default_experiment(model: NativeModel, family: Family) -> ExperimentConfig:
     """An experiment around a model that did not come from one: the defaults of everything else."""
-    objective = family.objective
-    if family is OWN:  # any backbone: what it was trained for is not known
-        objective = "causal" if Attention.causal in model.backbone.attention_supported() else "mlm"
-    config = compose([f"objective={objective}", f"head={model.head.name}", f"backbone={model.backbone.name}"])
+    attention = model.attention or family.attention
+    overrides = [f"objective={family.objective}", f"head={model.head.name}", f"backbone={model.backbone.name}"]
+    overrides += [f"backbone.{key}={value}" for key, value in type(model.backbone).fields_for(attention).items()]
+    if model.objective is not None and model.objective.bidirectional:
+        overrides.append("objective.bidirectional=true")
+    config = compose(overrides)
     length = config.data.sequence_length
     if getattr(model.backbone, "position", None) == Position.learned:
         length = min(length, model.backbone.max_positions)  # pyright: ignore[reportAttributeAccessIssue]
     data = replace(config.data, sequence_length=length)
-    return replace(config, backbone=model.backbone, head=model.head, data=data, name=family.name)
+    objective = config.objective if model.objective is None else model.objective
+    return replace(config, backbone=model.backbone, head=model.head, objective=objective, data=data, name=family.name)
 
 
 def _vocabulary(files: Mapping[str, bytes]) -> Vocabulary | None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from heads_lightning.registry import RunError
 
@@ -90,6 +90,8 @@ class StateMapping:
     """Dimension along which the result is split into the destinations."""
     dest_sizes: tuple[int, ...] | None = None
     """Lengths of the destinations there. None: all alike."""
+    keeps_type: bool = False
+    """Never stored in another type than its own."""
 
     @property
     def is_rename(self) -> bool:
@@ -108,11 +110,12 @@ class StateMapping:
             return tensors
         self._check(tensors)
         try:
-            return self._split(self._reshaped(self._joined(tensors)))
+            parts = self.take_apart(self.join(tensors))
         except (RuntimeError, IndexError) as error:
             if isinstance(error, ConversionError):
                 raise
             raise ConversionError(f"{self._said(tensors)}: {str(error).splitlines()[0]}") from None
+        return parts if len(parts) == 1 else [part.clone() for part in parts]
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
         said = self._said(tensors)
@@ -129,7 +132,8 @@ class StateMapping:
                     f"{said}: lengths {got} along dimension {self.source_concat_dim} are not {self.source_sizes or 'alike'}"
                 )
 
-    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The sources as one tensor."""
         import torch
 
         return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim=self.source_concat_dim)
@@ -146,25 +150,34 @@ class StateMapping:
             tensor = tensor.permute(self.dims_permutation)
         return tensor.flatten(*self.flatten_dims) if self.flatten_dims is not None else tensor
 
-    def _split(self, tensor: Tensor) -> list[Tensor]:
-        count, dim = len(self.dest_keys), self.dest_chunk_dim
+    def take_apart(self, joined: Tensor, contiguous: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """The destinations, contiguous, from the sources as one tensor; several along dimension 0 share its memory.
+
+        A matrix is turned round whole and divided then: torch has fast code for that, and none for a part of a matrix.
+
+        Args:
+            joined: what `join` gives.
+            contiguous: makes a tensor contiguous. None: in memory of its own.
+        """
+        contiguous = contiguous or _contiguous
+        tensor, count, dim = self._reshaped(joined), len(self.dest_keys), self.dest_chunk_dim
         if count == 1:
-            return [tensor.contiguous()]
+            return [contiguous(tensor)]
         length = tensor.shape[dim]
         sizes = self.dest_sizes or (length // count,) * count
         if sum(sizes) != length:
             raise ConversionError(f"{self._said([tensor])}: dimension {dim} of {tuple(tensor.shape)} does not split into {count} × {sizes}")
-        return [part.clone(memory_format=_contiguous()) for part in tensor.split(list(sizes), dim=dim)]
+        if dim == 0:
+            return list(contiguous(tensor).split(list(sizes)))
+        return [_contiguous(part) for part in tensor.split(list(sizes), dim=dim)]
 
     def _said(self, tensors: Sequence[Tensor]) -> str:
         shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in zip(self.source_keys, tensors, strict=False))
         return f"{shapes} → {listed(self.dest_keys)}"
 
 
-def _contiguous() -> Any:
-    import torch
-
-    return torch.contiguous_format
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.contiguous()
 
 
 def listed(names: Iterable[str]) -> str:
@@ -205,6 +218,8 @@ class StateMappingTemplate:
     """Lengths of several destinations along dest_chunk_dim, where they differ."""
     optional: bool = False
     """The sources may all be absent."""
+    keeps_type: bool = False
+    """Never stored in a type below its own: a recurrence in bf16 is another one, a value in bf16 has three digits."""
 
     def __post_init__(self) -> None:
         for side, keys, per in self._sides():
@@ -261,6 +276,7 @@ class StateMappingTemplate:
             flatten_dims=self.flatten_dims,
             dest_chunk_dim=self.dest_chunk_dim,
             dest_sizes=self.dest_sizes,
+            keeps_type=self.keeps_type,
         )
 
     def _expanded(self, keys: Keys, per: TemplatePlaceholder | None, bounds: Bounds) -> tuple[str, ...]:

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from heads_lightning.batch import PADDING, Attention, Batch
+from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.value import ValueHeadConfig
 from heads_lightning.conversion.families import NativeModel
 from heads_lightning.conversion.mapping import ConversionError, listed
+from heads_lightning.heads.value import ValueHead
 
 
 class NativeLM(nn.Module):
@@ -23,8 +26,13 @@ class NativeLM(nn.Module):
     def __init__(self, model: NativeModel, *, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.backbone = model.backbone.build(vocab_size=model.vocab_size, init_device=device)
-        embedding = self.backbone.embedding if model.head.is_tied else None
-        self.head = model.head.build(d_model=self.backbone.d_model, vocab_size=model.vocab_size, init_device=device, embedding=embedding)
+        where = {"d_model": self.backbone.d_model, "vocab_size": model.vocab_size, "init_device": device}
+        where |= {"embedding": self.backbone.embedding if model.head.is_tied else None}
+        if isinstance(model.head, ValueHeadConfig):
+            self.head = model.head.build(**where, objective=model.objective)
+        else:
+            assert isinstance(model.head, LMHeadConfig)
+            self.head = model.head.build(**where)
 
     def forward(
         self,
@@ -34,7 +42,7 @@ class NativeLM(nn.Module):
         attention: Attention = Attention.causal,
         encoder_tokens_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, S, V].
+        """Logits [B, S, V], or the outputs of a value head [B, S, K].
 
         Args:
             tokens_BS: int64 ids; the decoder's, where there is an encoder.
@@ -42,12 +50,22 @@ class NativeLM(nn.Module):
             attention: how positions see each other.
             encoder_tokens_BT: what the encoder reads.
         """
+        return self.head(self.hidden(tokens_BS, mask_BS, attention=attention, encoder_tokens_BT=encoder_tokens_BT))
+
+    def hidden(self, tokens_BS: Tensor, mask_BS: Tensor | None, *, attention: Attention, encoder_tokens_BT: Tensor | None = None) -> Tensor:
+        """What the head reads, [B, S, D]. Arguments as in forward."""
         segments_BS = None if mask_BS is None else torch.where(mask_BS.bool(), 0, PADDING)
         if encoder_tokens_BT is not None:
             batch = Batch(tokens_BS, tokens_BS, attention, 0, 0, torch.zeros_like(tokens_BS))
             batch = batch._replace(encoder_tokens_BT=encoder_tokens_BT, encoder_segments_BT=segments_BS)
-            return self.head(self.backbone(batch))
-        return self.head(self.backbone(Batch(tokens_BS, tokens_BS, attention, 0, 0, segments_BS=segments_BS)))
+            return self.backbone(batch)
+        return self.backbone(Batch(tokens_BS, tokens_BS, attention, 0, 0, segments_BS=segments_BS))
+
+    def keeps_type(self, name: str) -> bool:
+        """Whether a weight is never stored in a type below its own: a recurrence, or a value's last layers."""
+        if name.startswith("head."):
+            return isinstance(self.head, ValueHead) and not name.startswith("head.lm_head.")
+        return name.rpartition(".")[2] in self.backbone.dynamics
 
 
 def check_shapes(model: NativeModel, shapes: Mapping[str, torch.Size | tuple[int, ...]], *, trunk_only: bool = False) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heads_lightning.configs.backbone import BackboneConfig
-from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.head import HeadConfig
 from heads_lightning.configs.huggingface_import import HuggingFaceImportConfig
 from heads_lightning.conversion.converter import StateConverter
 from heads_lightning.conversion.families import family_of_config
@@ -59,9 +59,9 @@ def load_pretrained(config: HuggingFaceImportConfig, backbone: nn.Module, head: 
 
     folder = Path(config.source).expanduser()
     described = read_config(folder)
-    family = family_of_config(described)
-    model = family.native(described)
     source = open_weights(folder)
+    family = family_of_config(described, source.specs)
+    model = family.native(described)
     state = _converted(source, family, model)
     lines = [f"backbone: {len(state)} weights of {folder.name} ({family.name})"]
     modules = {"backbone": backbone} | ({"head": head} if head is not None and _same_head(head, model.head) else {})
@@ -83,10 +83,11 @@ def _converted(source: TensorSource, family: Any, model: NativeModel) -> dict[st
     return StateConverter(templates).convert(state, family.bounds(model))
 
 
-def _same_head(head: nn.Module, wanted: LMHeadConfig) -> bool:
+def _same_head(head: nn.Module, wanted: HeadConfig) -> bool:
     """Whether a built head has exactly the parameters of the source's."""
     config = getattr(head, "config", None)
-    fields = ("name", "has_bias", "layer_norm", "activation", "dense_bias", "logit_softcap", "is_tied", "scales")
+    fields = ("name", "has_bias", "layer_norm", "activation", "dense_bias", "logit_softcap", "is_tied", "scales", "hidden_dim", "bias")
+    fields = fields if wanted.predicts == "value" else fields[:-1]
     return config is not None and all(getattr(config, field, None) == getattr(wanted, field, None) for field in fields)
 
 

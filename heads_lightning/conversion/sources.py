@@ -38,8 +38,8 @@ class TensorSource(ABC):
     """Every tensor's shape and type, as a tensor on meta."""
 
     @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        """One tensor, on the CPU; `into`: a contiguous tensor of its shape and type to fill. None: a new one."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -70,13 +70,14 @@ class SafetensorsSource(TensorSource):
                 self._places[name] = place
         self.specs = {name: place.spec for name, place in self._places.items()}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         spec = self._places[name].spec
-        flat = torch.empty(spec.numel() * spec.element_size(), dtype=torch.uint8)
-        with self.opened(name) as file:
-            assert file is not None
-            read_exactly(file, memoryview(flat.numpy()))  # pyright: ignore[reportArgumentType]
-        return flat.view(spec.dtype).view(spec.shape) if spec.numel() else torch.empty(spec.shape, dtype=spec.dtype)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype) if into is None else into
+        if tensor.numel():
+            with self.opened(name) as file:
+                assert file is not None
+                read_exactly(file, memoryview(tensor.flatten().view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
+        return tensor
 
     @contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO | None]:
@@ -127,19 +128,19 @@ def _place(file: Path, name: str, entry: Mapping[str, Any], base: int) -> _Place
 
 
 class TorchSource(TensorSource):
-    """A file of torch.save, memory-mapped; `entry` is the key of the state inside it, e.g. `state_dict`."""
+    """Files of torch.save, memory-mapped; `entries` are the keys of states inside, e.g. `state_dict`, of which later ones count."""
 
-    def __init__(self, files: list[Path], entry: str | None = None) -> None:
+    def __init__(self, files: list[Path], entries: tuple[str, ...] = ()) -> None:
         self.files = files
         self._tensors: dict[str, Tensor] = {}
         for file in files:
             loaded = _load(file)
-            state = loaded if entry is None else loaded[entry]
-            self._tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            for state in [loaded[entry] for entry in entries if entry in loaded] if entries else [loaded]:
+                self._tensors |= {name: value for name, value in state.items() if isinstance(value, Tensor)}
         self.specs = {name: tensor.to("meta") for name, tensor in self._tensors.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].clone()
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
+        return self._tensors[name].clone() if into is None else into.copy_(self._tensors[name])
 
     def fingerprint(self) -> str:
         return _stat_of(self.files)
@@ -155,29 +156,33 @@ def _load(file: Path) -> Any:
 
 
 class DistributedSource(TensorSource):
-    """A folder of torch.distributed.checkpoint, written by any number of ranks."""
+    """A folder of torch.distributed.checkpoint, written by any number of ranks.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: holds .metadata and what the ranks wrote.
+        prefixes: where the weights stand, the one that counts first.
+    """
+
+    def __init__(self, folder: Path, prefixes: tuple[str, ...] = ("state_dict.", "model.state_dict.")) -> None:
         from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
         self.folder = folder
         self._metadata = _safe_metadata(folder)
         entries = self._metadata.state_dict_metadata
         found = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-        prefix = next((p for p in ("state_dict.", "model.state_dict.") if any(name.startswith(p) for name in found)), "")
-        self._prefix = prefix
+        within = [p for p in prefixes if any(name.startswith(p) for name in found)] or [""]
+        self._names = {name.removeprefix(p): name for p in reversed(within) for name in found if name.startswith(p)}
         self.specs = {
-            name.removeprefix(prefix): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-            for name, entry in found.items()
-            if name.startswith(prefix)
+            ours: torch.empty(found[name].size, dtype=found[name].properties.dtype, device="meta") for ours, name in self._names.items()
         }
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, into: Tensor | None = None) -> Tensor:
         import torch.distributed.checkpoint as dcp
 
-        state = {self._prefix + name: torch.empty_like(self.specs[name], device="cpu")}
+        stored = self._names[name]
+        state = {stored: torch.empty_like(self.specs[name], device="cpu") if into is None else into}
         dcp.load(state, storage_reader=_reader(self.folder, self._metadata), no_dist=True)
-        return state[self._prefix + name]
+        return state[stored]
 
     def fingerprint(self) -> str:
         return _stat_of(sorted(path for path in self.folder.iterdir() if path.is_file()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -63,6 +64,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 def outcome(mapping: StateMapping, source: TensorSource, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What a mapping makes, as tensors on meta: shapes are checked here, before anything is written."""
+    dtype = None if mapping.keeps_type else dtype
     made = mapping.apply([source.specs[key] for key in mapping.source_keys])
     return {key: cast(tensor, dtype) for key, tensor in zip(mapping.dest_keys, made, strict=True)}
 
@@ -98,6 +100,29 @@ class Progress:
     shards_found: int = 0
     """Left whole by an earlier attempt."""
     bytes_written: int = 0
+
+
+class Room:
+    """Memory that tensors of all mappings pass through: the system takes longer to hand out fresh pages than to fill them."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+        self.piece = memoryview(bytearray(PIECE))
+        """For what is copied and not computed."""
+
+    def take(self, place: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor whose values are whatever stood in that place before."""
+        count = math.prod(shape) * dtype.itemsize
+        held = self._held.get(place)
+        if held is None or len(held) < count:
+            self._held.pop(place, None)  # gone before there is more
+            del held
+            held = self._held[place] = torch.empty(count, dtype=torch.uint8)
+        return held[:count].view(dtype).view(shape)
+
+    def contiguous(self, tensor: Tensor) -> Tensor:
+        """The tensor itself, or a contiguous copy."""
+        return tensor if tensor.is_contiguous() else self.take("made", tensor.shape, tensor.dtype).copy_(tensor)
 
 
 class Target:
@@ -152,13 +177,13 @@ def stream(
     target.begin([source.fingerprint(), str(dtype), [[s.header().decode("latin1"), s.mappings] for s in shards]])
     for stale in target.partial.glob("*.tmp"):
         stale.unlink()
-    progress, buffer = Progress(), memoryview(bytearray(PIECE))
+    progress, room = Progress(), Room()
     for number, (name, shard) in enumerate(zip(names, shards, strict=True), start=1):
         path = target.partial / name
         if path.is_file() and path.stat().st_size == len(shard.header()) + shard.size:
             progress.shards_found += 1
             continue
-        _write_shard(path, shard, source, dtype, buffer)
+        _write_shard(path, shard, source, dtype, room)
         progress.shards_written += 1
         progress.bytes_written += shard.size
         say(f"shard {number} of {len(shards)}: {len(shard.specs)} tensors, {shard.size / 1e9:.2f} GB")
@@ -174,12 +199,12 @@ def shard_names(count: int) -> list[str]:
     return ["model.safetensors"] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _write_shard(path: Path, shard: Shard, source: TensorSource, dtype: torch.dtype | None, buffer: memoryview) -> None:
+def _write_shard(path: Path, shard: Shard, source: TensorSource, dtype: torch.dtype | None, room: Room) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb", buffering=0) as file:
         _write_all(file, memoryview(shard.header()))  # pyright: ignore[reportArgumentType]
         for mapping in shard.mappings:
-            _write_mapping(file, mapping, shard, source, dtype, buffer)  # pyright: ignore[reportArgumentType]
+            _write_mapping(file, mapping, shard, source, dtype, room)  # pyright: ignore[reportArgumentType]
             _begin_writing_back(file.fileno())
         _sync(file)  # pyright: ignore[reportArgumentType]
     temporary.replace(path)
@@ -192,21 +217,35 @@ def _begin_writing_back(descriptor: int) -> None:
 
 
 def _write_mapping(
-    file: BinaryIO, mapping: StateMapping, shard: Shard, source: TensorSource, dtype: torch.dtype | None, buffer: memoryview
+    file: BinaryIO, mapping: StateMapping, shard: Shard, source: TensorSource, dtype: torch.dtype | None, room: Room
 ) -> None:
+    dtype = None if mapping.keeps_type else dtype
     key = mapping.source_keys[0]
     unchanged = dtype is None or source.specs[key].dtype == dtype or not source.specs[key].is_floating_point()
     if mapping.is_rename and unchanged:
         with source.opened(key) as opened:
             if opened is not None:
-                return _copy(opened, file, bytes_of(source.specs[key]), buffer)
-    made = mapping.apply([source.read(key) for key in mapping.source_keys])
+                return _copy(opened, file, bytes_of(source.specs[key]), room.piece)
+    made = mapping.take_apart(_read(mapping, source, room), room.contiguous)
     for name in mapping.dest_keys:
         tensor = cast(made.pop(0), dtype).contiguous()
         if tensor.shape != shard.specs[name].shape or tensor.dtype != shard.specs[name].dtype:
             raise ConversionError(f"{name} came out as {list(tensor.shape)} {tensor.dtype}, not as planned")
         values = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
         _write_all(file, memoryview(values))  # pyright: ignore[reportArgumentType]
+
+
+def _read(mapping: StateMapping, source: TensorSource, room: Room) -> Tensor:
+    """The sources of a mapping as one tensor; those that lie one after the other are read to where they belong."""
+    specs = [source.specs[key] for key in mapping.source_keys]
+    if len(specs) > 1 and mapping.source_concat_dim != 0:
+        return mapping.join([source.read(key) for key in mapping.source_keys])
+    rows = sum(len(spec) for spec in specs) if len(specs) > 1 else 0
+    whole = room.take("read", (rows, *specs[0].shape[1:]) if rows else specs[0].shape, specs[0].dtype)
+    places = whole.split([len(spec) for spec in specs]) if rows else (whole,)
+    for key, place in zip(mapping.source_keys, places, strict=True):
+        source.read(key, place)
+    return whole
 
 
 def _copy(source: BinaryIO, dest: BinaryIO, count: int, buffer: memoryview) -> None:

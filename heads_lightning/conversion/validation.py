@@ -7,10 +7,9 @@ too, and ours may be no farther from the fp32 result than twice the distance of 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +20,11 @@ from heads_lightning.batch import Attention
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import Position
 from heads_lightning.conversion.converter import StateConverter
-from heads_lightning.conversion.families import OWN
 from heads_lightning.conversion.families.base import Family, NativeModel
+from heads_lightning.conversion.families.value import VHead
 from heads_lightning.conversion.mapping import ConversionError, StateType, listed
 from heads_lightning.conversion.native import NativeLM
+from heads_lightning.heads.value import ValueHead
 from heads_lightning.registry import ConfigError
 
 TOLERANCE = 1e-5
@@ -51,6 +51,8 @@ class Agreement:
     """Largest relative difference of the logits of one position, fp32."""
     positions: int
     """Positions compared."""
+    outputs: list[str] = field(default_factory=lambda: ["logits"])
+    """What was compared at each: logits, values."""
     half: tuple[float, float] | None = None
     """Distance of ours and of theirs from fp32, in the stored type."""
 
@@ -76,7 +78,7 @@ def require_transformers() -> None:
 
 
 def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The model of a folder, by transformers, which may find nothing missing and nothing left over.
+    """The model of a folder, by transformers, which may find nothing missing.
 
     Raises:
         ConfigError: transformers is not installed.
@@ -88,15 +90,15 @@ def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.fl
     from heads_lightning.conversion import auto
 
     auto.register()
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [family.architecture]
-    masked = architecture[0].endswith("ForMaskedLM")
-    opener = getattr(transformers, "AutoModelForMaskedLM" if masked else family.auto_class)
+    how: dict[str, Any] = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False, "use_safetensors": None}
     was = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        model, found = opener.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=None, output_loading_info=True
-        )
+        if isinstance(family, VHead):
+            from heads_lightning.value_models import AutoModelForCausalLMWithValueHead
+
+            return AutoModelForCausalLMWithValueHead.from_pretrained(folder, **how).eval()
+        model, found = getattr(transformers, family.auto_class).from_pretrained(folder, **how, output_loading_info=True)
     finally:
         transformers.logging.set_verbosity(was)
     if found["missing_keys"] or found.get("mismatched_keys"):
@@ -104,6 +106,10 @@ def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.fl
             f"transformers finds no weights for {listed(map(str, [*found['missing_keys'], *found.get('mismatched_keys', [])]))}"
         )
     return model.eval()
+
+
+Outputs = dict[str, Tensor]
+"""`logits` [B, S, V], `values` [B, S, K]: what a model gives."""
 
 
 def compare(theirs: nn.Module, ours: NativeLM, family: Family, model: NativeModel, *, tolerance: float = TOLERANCE) -> Agreement:
@@ -122,13 +128,14 @@ def compare(theirs: nn.Module, ours: NativeLM, family: Family, model: NativeMode
     batch = validation_batch(model)
     pairs = _module_pairs(theirs, ours, family, model)
     with torch.no_grad(), _recorded(theirs, [a for a, _ in pairs]) as left, _recorded(ours, [b for _, b in pairs]) as right:
-        want, got = run_theirs(theirs, batch, family, model), run_ours(ours, batch, attention_of(theirs, family))
-    error = distance(got, want, batch)
-    if not error <= tolerance:
-        raise ConversionError(
-            f"the logits differ by {error:.1e} where {tolerance:.0e} is allowed. {_first_drift(pairs, left, right, batch, tolerance)}"
-        )
-    return Agreement(error, int(batch.mask_BS.sum()))
+        want, got = run_theirs(theirs, batch, family, model), run_ours(ours, batch, model.attention or family.attention)
+    errors = distances(got, want, batch)
+    for name, error in errors.items():
+        if not error <= tolerance:
+            raise ConversionError(
+                f"the {name} differ by {error:.1e} where {tolerance:.0e} is allowed. {_first_drift(pairs, left, right, batch, tolerance)}"
+            )
+    return Agreement(max(errors.values()), int(batch.mask_BS.sum()), sorted(errors))
 
 
 def compare_in(
@@ -139,33 +146,49 @@ def compare_in(
     Raises:
         ConversionError: ours is more than twice as far from fp32 as theirs.
     """
-    batch, attention = validation_batch(model), attention_of(theirs, family)
+    batch, attention = validation_batch(model), model.attention or family.attention
     with torch.no_grad():
         exact = run_theirs(theirs, batch, family, model)
         rough, got = run_theirs(theirs.to(dtype), batch, family, model), run_ours(ours.to(dtype), batch, attention)
-    agreement.half = (distance(got, exact, batch), distance(rough, exact, batch))
+    agreement.half = (max(distances(got, exact, batch).values()), max(distances(rough, exact, batch).values()))
     if agreement.half[0] > 2 * agreement.half[1] + TOLERANCE:
         raise ConversionError(f"in {dtype} ours is {agreement.half[0]:.1e} from fp32, transformers' own {agreement.half[1]:.1e}")
     return agreement
 
 
-def run_theirs(theirs: nn.Module, batch: ValidationBatch, family: Family, model: NativeModel) -> Tensor:
-    """transformers' logits [B, S, V]. A decoder beside an encoder reads the same tokens backwards."""
+def run_theirs(theirs: nn.Module, batch: ValidationBatch, family: Family, model: NativeModel) -> Outputs:
+    """What transformers makes of the batch. A decoder beside an encoder reads the same tokens backwards."""
     given = {"decoder_input_ids": batch.tokens_BS.flip(1)} if family.attention == Attention.encoder_decoder else {}
-    return theirs(batch.tokens_BS, attention_mask=batch.mask_BS, **given).logits[..., : model.vocab_size]
+    found = theirs(batch.tokens_BS, attention_mask=batch.mask_BS, **given)
+    if isinstance(family, VHead):
+        logits_BSV, _, values_BS = found
+        return {"logits": logits_BSV[..., : model.vocab_size], "values": values_BS[..., None]}
+    if model.head.predicts == "value":
+        return {"values": found.logits}
+    return {"logits": found.logits[..., : model.vocab_size]}
 
 
-def run_ours(ours: NativeLM, batch: ValidationBatch, attention: Attention) -> Tensor:
-    """Our logits [B, S, V] of the same."""
+def run_ours(ours: NativeLM, batch: ValidationBatch, attention: Attention) -> Outputs:
+    """What the native model makes of the same."""
     tokens, mask = batch
     if attention == Attention.encoder_decoder:
-        return ours(tokens.flip(1), mask, attention=attention, encoder_tokens_BT=tokens)
-    return ours(tokens, mask, attention=attention)
+        return {"logits": ours(tokens.flip(1), mask, attention=attention, encoder_tokens_BT=tokens)}
+    hidden_BSD = ours.hidden(tokens, mask, attention=Attention.causal if attention == Attention.prefix else attention)
+    if not isinstance(ours.head, ValueHead):
+        return {"logits": ours.head(hidden_BSD)}
+    found = {"values": ours.head(hidden_BSD)}
+    return found if ours.head.lm_head is None else found | {"logits": ours.head.lm_head(hidden_BSD)}
 
 
-def attention_of(theirs: nn.Module, family: Family) -> Attention:
-    """How positions see each other in a model of transformers. Of our own classes one sees both sides."""
-    return Attention.bidirectional if type(theirs).__name__ == OWN.masked_architecture else family.attention
+def distances(got: Outputs, want: Outputs, batch: ValidationBatch) -> dict[str, float]:
+    """How far the outputs are apart. Values are measured against their spread, since one may be 0 by itself."""
+    assert got.keys() == want.keys()
+    found = {name: distance(got[name], want[name], batch) for name in got.keys() - {"values"}}
+    if "values" in got:
+        mask = batch.mask_BS.bool()
+        values, wanted = got["values"][mask].double(), want["values"][mask].double()
+        found["values"] = float((values - wanted).abs().max() / wanted.square().mean().sqrt().clamp(min=1e-30))
+    return found
 
 
 def distance(got: Tensor, want: Tensor, batch: ValidationBatch) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel, effective
 from heads_lightning.conversion.families.bert import Bert
+from heads_lightning.conversion.families.bigs import BiGS
 from heads_lightning.conversion.families.gpt2 import GPT2
 from heads_lightning.conversion.families.llama import Llama
 from heads_lightning.conversion.families.mistral import Mistral
@@ -13,9 +16,21 @@ from heads_lightning.conversion.families.own import Own
 from heads_lightning.conversion.families.qwen2 import Qwen2
 from heads_lightning.conversion.families.qwen3 import Qwen3
 from heads_lightning.conversion.families.t5 import T5
+from heads_lightning.conversion.families.value import CLASSIFIERS, V_HEADS, TokenClassification, ValueFamily, VHead, value_family
 from heads_lightning.registry import ConfigError, nearest
 
-__all__ = ["FAMILIES", "OWN", "Family", "NativeModel", "effective", "family_of_config", "family_of_model", "register"]
+__all__ = [
+    "FAMILIES",
+    "OWN",
+    "Family",
+    "NativeModel",
+    "ValueFamily",
+    "effective",
+    "family_of_config",
+    "family_of_model",
+    "register",
+    "with_values",
+]
 
 FAMILIES: dict[str, Family] = {}
 OWN = Own()
@@ -29,16 +44,27 @@ def register(family: Family) -> Family:
     return family
 
 
-for _family in (Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2(), GPT2(), Bert(), ModernBert(), T5(), OWN):
+for _family in (Llama(), Mistral(), Qwen2(), Qwen3(), Olmo2(), GPT2(), Bert(), ModernBert(), T5(), BiGS(), OWN):
     register(_family)
 
 
-def family_of_config(config: HFConfig) -> Family:
-    """The family that a config.json names."""
-    name = str(config.get("model_type"))
-    if name not in FAMILIES:
+def with_values() -> list[ValueFamily]:
+    """The families with a value head: those of tokens, then those beside a projection."""
+    tokens = [TokenClassification(FAMILIES[name]) for name in CLASSIFIERS if name in FAMILIES]
+    return [*tokens, *(VHead(FAMILIES[name]) for name in V_HEADS if name in FAMILIES)]
+
+
+def family_of_config(config: HFConfig, names: Iterable[str] = ()) -> Family:
+    """The family that a config.json names; `names` of its weights tell a value head."""
+    family = _named(str(config.get("model_type")))
+    return value_family(family, config, names) or family
+
+
+def _named(name: str) -> Family:
+    found = FAMILIES.get(name) or next((family for known, family in FAMILIES.items() if known.lower() == name.lower()), None)
+    if found is None:
         raise ConfigError(f"model_type={name} cannot be converted.{nearest(name, FAMILIES)} Known: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    return found
 
 
 def family_of_model(model: NativeModel, name: str | None = None) -> Family:
@@ -47,10 +73,16 @@ def family_of_model(model: NativeModel, name: str | None = None) -> Family:
     Raises:
         ConfigError: the family asked for cannot express the model; the message says why.
     """
+    values = model.head.predicts == "value"
+    candidates = [f.of_model(model) for f in ([*with_values(), OWN] if values else FAMILIES.values())]
     if name is None:
-        return next((family for family in FAMILIES.values() if family.refusal(model) is None), OWN)
-    family = family_of_config({"model_type": name})
-    reason = family.refusal(model)
-    if reason is not None:
-        raise ConfigError(f"family={name} cannot express this model: {reason}; leave family out to use {family_of_model(model).name}")
-    return family
+        return next((family for family in candidates if family.refusal(model) is None), OWN.of_model(model))
+    asked = [family for family in candidates if family.name == _named(name).name]
+    fits = next((family for family in asked if family.refusal(model) is None), None)
+    if fits is not None:
+        return fits
+    reasons = "; ".join(
+        f"{family.architecture}: {family.refusal(model)}" if len(asked) > 1 else str(family.refusal(model)) for family in asked
+    )
+    reasons = reasons or f"head={model.head.name} has no place there"
+    raise ConfigError(f"family={name} cannot express this model: {reasons}; leave family out to use {family_of_model(model).name}")

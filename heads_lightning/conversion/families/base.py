@@ -2,23 +2,26 @@
 
 A family translates descriptions (config.json ↔ our configs) and declares how weights are named, from Hugging Face to native; the other
 direction is the inverse. Whether a native model fits a family is not a list of conditions: it is described as that family, read back, and
-compared with what it was. Nothing here imports torch: a config of a downloaded folder composes on a login node.
+compared with what it was. Every field of a config.json is read, known to make no difference to what a model computes, or refused. Nothing
+here imports torch: a config of a downloaded folder composes on a login node.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import BackboneConfig, TransformerConfig
+from heads_lightning.configs.backbone import BackboneConfig, BiGSBackboneConfig, TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig
-from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.head import HeadConfig
 from heads_lightning.configs.layers import Activation, Position, RotaryScaling, RotaryScalingType
 from heads_lightning.configs.t5 import T5Config
+from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.conversion.mapping import StateMappingTemplate, StateType, TemplatePlaceholder
 from heads_lightning.registry import ConfigError
 
@@ -33,35 +36,87 @@ class NativeModel:
 
     backbone: BackboneConfig
     """Tokens to hidden states."""
-    head: LMHeadConfig
-    """Hidden states to logits."""
+    head: HeadConfig
+    """Hidden states to logits, or to values."""
     vocab_size: int
     """Rows of the embedding and of the projection."""
+    attention: Attention | None = None
+    """How it was trained to see. None: as the family that it is written as."""
+    objective: ValueConfig | None = None
+    """What its values are judged by (head=value): it says how many outputs the head has."""
+
+
+class Fields(Mapping[str, Any]):
+    """A config.json over the values that transformers assumes, which knows what it was asked for."""
+
+    def __init__(self, config: HFConfig, defaults: HFConfig) -> None:
+        self._values = {**defaults, **config}
+        self._given = set(config)
+        self._read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self._read.add(key)
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def unread(self) -> dict[str, Any]:
+        """Fields of the file that nobody asked for and that are not off (null, false or empty)."""
+        return {key: value for key in self._given - self._read if (value := self._values[key]) not in (None, False, "", [], {})}
 
 
 class Family(ABC):
     """One architecture of Hugging Face's `transformers`."""
 
-    name: ClassVar[str]
+    name: str
     """Its `model_type`."""
-    architecture: ClassVar[str]
-    """The class with a language-model head that config.json names."""
-    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    architecture: str
+    """The class that config.json names."""
+    auto_class: str = "AutoModelForCausalLM"
     """What opens it in `transformers`."""
-    objective: ClassVar[str] = "causal"
+    objective: str = "causal"
     """The objective it was made for."""
-    attention: ClassVar[Attention] = Attention.causal
+    attention: Attention = Attention.causal
     """How its positions see each other."""
-    prefix: ClassVar[str] = "model."
+    prefix: str = "model."
     """What stands before the trunk's weights."""
-    head_prefixes: ClassVar[tuple[str, ...]] = ("lm_head.",)
+    head_prefixes: tuple[str, ...] = ("lm_head.",)
     """What the head's weights begin with."""
+    defaults: HFConfig = MappingProxyType({})
+    """What transformers assumes where config.json is silent."""
+    harmless: frozenset[str] = frozenset()
+    """Fields of its config.json, beside those of HARMLESS, that make no difference to logits or values."""
     left_out: ClassVar[Mapping[str, str]] = {r"rotary_emb\.inv_freq$": "a table that is computed"}
     """Pattern of names that are not converted → why; the report says which there were."""
 
-    @abstractmethod
     def native(self, config: HFConfig) -> NativeModel:
-        """The native model that config.json describes. Raises ConfigError for what it cannot express."""
+        """The native model that config.json describes.
+
+        Raises:
+            ConfigError: it has no native counterpart, or a field is set that this family does not know.
+        """
+        fields = Fields(config, self.defaults)
+        model = self.read(fields)
+        unknown = {key: value for key, value in fields.unread().items() if key not in HARMLESS | self.harmless}
+        if unknown:
+            said = ", ".join(f"{key}={str(value)[:60]}" for key, value in sorted(unknown.items()))
+            raise ConfigError(
+                f"config.json of model_type={config.get('model_type')} sets {said}, which is not known here; "
+                f"take it out if the model computes the same without it"
+            )
+        return model if model.attention is not None else replace(model, attention=self.attention)
+
+    @abstractmethod
+    def read(self, config: HFConfig) -> NativeModel:
+        """The native model, from the fields that matter; `native` sees to the others."""
+
+    def of_model(self, model: NativeModel) -> Family:
+        """The family itself, or the one of the same model_type that a model belongs to."""
+        return self
 
     @abstractmethod
     def describe(self, model: NativeModel) -> dict[str, Any]:
@@ -99,14 +154,49 @@ class Family(ABC):
             back = self.native(self.describe(model))
         except ConfigError as error:
             return str(error)
+        if model.attention not in (None, back.attention, Attention.prefix):
+            return f"it reads {model.attention}, {self.architecture} {back.attention}"
         wanted, got = effective(model), effective(back)
         different = [f"{key}={wanted.get(key)} (there it is {got.get(key)})" for key in wanted | got if wanted.get(key) != got.get(key)]
         return ", ".join(different[:3]) or None
 
 
-def rename(source: str, dest: str) -> StateMappingTemplate:
+HARMLESS = frozenset(
+    {
+        # how the file was made, and how transformers runs and returns
+        *("model_type", "architectures", "_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "torchscript"),
+        *(
+            "use_cache",
+            "return_dict",
+            "output_attentions",
+            "output_hidden_states",
+            "output_past",
+            "use_return_dict",
+            "chunk_size_feed_forward",
+        ),
+        *("_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "gradient_checkpointing", "use_bfloat16"),
+        *("pretraining_tp", "auto_map", "tokenizer_class", "processor_class", "unsloth_version", "unsloth_fixed"),  # auto_map: never run
+        # names of classes and tasks
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params", "classifier_dropout"),
+        # token ids: written from the tokenizer; embeddings of padding are as good as others
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "mask_token_id", "unk_token_id"),
+        *("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "suppress_tokens"),
+        # how to generate
+        *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
+        *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "diversity_penalty"),
+        *("encoder_no_repeat_ngram_size", "num_return_sequences", "output_scores", "return_dict_in_generate", "prefix"),
+        *("exponential_decay_length_penalty", "remove_invalid_values", "bad_words_ids"),
+        # training alone
+        *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
+        "summary_dropout_prob",
+    }
+)
+"""Fields of any config.json that make no difference to what a model computes."""
+
+
+def rename(source: str, dest: str, *, keeps_type: bool = False) -> StateMappingTemplate:
     """One weight under another name."""
-    return StateMappingTemplate(source, dest)
+    return StateMappingTemplate(source, dest, keeps_type=keeps_type)
 
 
 def with_bias(source: str, dest: str, bias: bool) -> list[StateMappingTemplate]:
@@ -162,29 +252,50 @@ def refuse(config: HFConfig, **only: Any) -> None:
             raise ConfigError(f"{key}={config[key]} has no native counterpart; only {key}={value} can be converted")
 
 
+ROTARY_EVERYWHERE = ("original_max_position_embeddings",)
+"""Written whatever the kind is, and read by none but its own."""
+ROTARY_FIELDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "beta_slow", "beta_fast", "truncate"),
+        *("attention_factor", "mscale", "mscale_all_dim"),
+    ),
+}
+"""Kinds of rotary frequencies → the fields that they read, beside rope_type and rope_theta."""
+
+
 def rotary(config: HFConfig, *, default_base: float = 10000.0, layers: str = "full_attention") -> tuple[float, RotaryScaling]:
     """Base and stretch of the rotary frequencies, as transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters) writes them."""
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    scaling, parameters, theta = config.get("rope_scaling"), config.get("rope_parameters"), config.get("rope_theta")
+    original = config.get("original_max_position_embeddings")
+    given = dict(scaling or parameters or {})
     given = dict(given.get(layers) or {}) if layers in given else given
-    base = float(given.get("rope_theta") or config.get("rope_theta") or default_base)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if (given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+    base = float(given.pop("rope_theta", None) or theta or default_base)
+    kinds = {key: given.pop(key) for key in ("type", "rope_type") if key in given}
+    kind = kinds.get("rope_type", kinds.get("type", "default"))
+    partial = config.get("partial_rotary_factor")
+    if (given.pop("partial_rotary_factor", None) or partial or 1.0) != 1.0:
         raise ConfigError("partial_rotary_factor has no native counterpart: all dimensions of a head are rotated")
+    if kind not in ROTARY_FIELDS:
+        raise ConfigError(f"rope_type={kind} has no native counterpart; known: {', '.join(ROTARY_FIELDS)}")
+    if unknown := [key for key, value in given.items() if value is not None and key not in (*ROTARY_EVERYWHERE, *ROTARY_FIELDS[kind])]:
+        raise ConfigError(f"rope_type={kind} with {', '.join(sorted(unknown))} has no native counterpart")
     if kind == "default":
         return base, RotaryScaling()
-    if kind not in ("linear", "llama3", "yarn"):
-        raise ConfigError(f"rope_type={kind} has no native counterpart; known: default, linear, llama3, yarn")
-    trained = given.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    if given.get("factor") is None:
+        raise ConfigError(f"config.json of model_type={config.get('model_type')} has rope_type={kind} without factor")
     return base, RotaryScaling(
         type=RotaryScalingType(kind),
         factor=float(given["factor"]),
-        original_positions=int(trained or config.get("max_position_embeddings") or 0),
+        original_positions=int(given.get("original_max_position_embeddings") or original or config.get("max_position_embeddings") or 0),
         low_frequency_factor=float(given.get("low_freq_factor") or 1.0),
         high_frequency_factor=float(given.get("high_freq_factor") or 4.0),
         slow_turns=float(given.get("beta_slow") or 1.0),
         fast_turns=float(given.get("beta_fast") or 32.0),
         whole_dimensions=bool(given.get("truncate", True)),
-        attention_factor=_attention_factor(given),
+        attention_factor=_attention_factor(given) if kind == "yarn" else None,
     )
 
 
@@ -222,21 +333,36 @@ def effective(model: NativeModel) -> dict[str, Any]:
     described = {"vocab_size": model.vocab_size, "backbone": model.backbone.name, **_effective_head(model.head)}
     if isinstance(model.backbone, TransformerConfig):
         described |= {f"backbone.{key}": value for key, value in _effective_backbone(model.backbone).items()}
-    if isinstance(model.backbone, T5Config):
-        described |= {f"backbone.{field}": getattr(model.backbone, field) for field in T5_FIELDS}
+    for kind, names in FIELDS.items():
+        if isinstance(model.backbone, kind):
+            described |= {f"backbone.{name}": getattr(model.backbone, name) for name in names}
+    if isinstance(model.backbone, BiGSBackboneConfig):
+        described["backbone.form"] = model.backbone.causal_form if model.backbone.is_causal else None
+        described["backbone.max_positions"] = model.backbone.max_positions if model.backbone.position == Position.learned else None
+    if model.head.predicts == "value":
+        described["head.outputs"] = (model.objective or ValueConfig()).num_outputs
     return described
 
 
-T5_FIELDS = (
-    *("style", "d_model", "num_layers", "decoder_layers", "num_heads", "width_of_head", "ff_dim", "decoder_ff_dim"),
-    *("relative_buckets", "relative_max_distance"),
-)
+FIELDS: dict[type[BackboneConfig], tuple[str, ...]] = {
+    T5Config: (
+        *("style", "d_model", "num_layers", "decoder_layers", "num_heads", "width_of_head", "ff_dim", "decoder_ff_dim"),
+        *("relative_buckets", "relative_max_distance"),
+    ),
+    BiGSBackboneConfig: (
+        *("d_model", "num_layers", "inner", "state_size", "direction", "gate_activation", "position", "num_token_types", "norm_eps"),
+        "final_norm",
+    ),
+}
+"""What makes a difference to what a backbone computes."""
 
 
-def _effective_head(head: LMHeadConfig) -> dict[str, Any]:
-    described = {"head": head.name, "head.layer_norm": _effective_norm(head.layer_norm)}
-    for field in ("is_tied", "logit_softcap", "has_bias", "activation", "dense_bias", "scales"):
+def _effective_head(head: HeadConfig) -> dict[str, Any]:
+    described = {"head": head.name, "head.layer_norm": _effective_norm(getattr(head, "layer_norm", None))}
+    for field in ("is_tied", "logit_softcap", "has_bias", "activation", "dense_bias", "scales", "steps_ahead", "hidden_dim"):
         described[f"head.{field}"] = getattr(head, field, None)
+    if isinstance(head, ValueHeadConfig):
+        described |= {"head.bias": head.bias, "head.projection": head.lm_weight > 0}
     return described
 
 

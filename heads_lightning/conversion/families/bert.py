@@ -26,6 +26,7 @@ from heads_lightning.conversion.families.base import (
 from heads_lightning.conversion.mapping import StateMappingTemplate
 from heads_lightning.registry import ConfigError
 
+POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 BLOCK, LAYERS = f"backbone.blocks.{LAYER}", f"bert.encoder.layer.{LAYER}"
 LINEARS = {
     "attention.self.query": "attention.query",
@@ -49,14 +50,18 @@ class Bert(Family):
     attention = Attention.bidirectional
     prefix = "bert."
     head_prefixes = ("cls.",)
+    defaults: ClassVar[HFConfig] = {
+        **{"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512},
+    }
+    harmless = frozenset({"directionality", *(f"pooler_{part}" for part in POOLER)})
     left_out: ClassVar[Mapping[str, str]] = {
         r"\.position_ids$": "a table that is computed",
         r"^bert\.pooler\.": "the pooler, which no language-model head reads",
         r"^cls\.seq_relationship\.": "the next-sentence head",
     }
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "max_position_embeddings": 512} | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
+        # untied, transformers 5 has two biases of which one is read; which of them a file means depends on who wrote it
         refuse(config, position_embedding_type="absolute", is_decoder=False, add_cross_attention=False, tie_word_embeddings=True)
         eps = float(config["layer_norm_eps"])
         backbone = TransformerConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from heads_lightning.configs.backbone import TransformerConfig
@@ -123,16 +124,24 @@ def attention_bias(config: HFConfig) -> AttentionBias:
 
 def sliding_layers(config: HFConfig) -> LocalAttention:
     """Sliding windows by layer, as Qwen writes them."""
-    if not config.get("use_sliding_window") or config.get("sliding_window") is None:
-        return LocalAttention()
-    layers = range(config["num_hidden_layers"])
+    layers, window = range(config["num_hidden_layers"]), config.get("sliding_window")
     first = config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or ["full_attention" if i < first else "sliding_attention" for i in layers]
+    if not config.get("use_sliding_window") or window is None:
+        if config.get("layer_types") and set(kinds) != {"full_attention"}:
+            raise ConfigError("layer_types names sliding layers, but use_sliding_window and sliding_window say no window")
+        return LocalAttention()
+    return LocalAttention(window=window, global_layers=full_layers(kinds, len(layers)))
+
+
+def full_layers(kinds: Sequence[str], count: int) -> list[int]:
+    """The layers of `layer_types` that see everything."""
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
         raise ConfigError(f"layer_types holds {', '.join(sorted(unknown))}; known: full_attention, sliding_attention")
-    full = [i for i in layers if kinds[i] == "full_attention"]
-    return LocalAttention(window=config["sliding_window"], global_layers=full)
+    if len(kinds) != count:
+        raise ConfigError(f"layer_types names {len(kinds)} layers where there are {count}")
+    return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
 
 
 def sliding_fields(backbone: TransformerConfig) -> dict[str, Any]:

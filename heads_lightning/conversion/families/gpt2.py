@@ -35,10 +35,16 @@ class GPT2(Family):
     name = "gpt2"
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
+    defaults: ClassVar[HFConfig] = {"activation_function": "gelu_new", "tie_word_embeddings": True}
+    harmless = frozenset(
+        {
+            *("attn_pdrop", "embd_pdrop", "resid_pdrop", "reorder_and_upcast_attn", "n_ctx", "summary_activation"),
+            *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
+        }
+    )
     left_out: ClassVar[Mapping[str, str]] = {r"\.attn\.(masked_)?bias$": "a causal mask, not a weight"}
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = {"activation_function": "gelu_new", "tie_word_embeddings": True} | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
         refuse(config, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
         d_model = needed(config, "n_embd")
         backbone = TransformerConfig(

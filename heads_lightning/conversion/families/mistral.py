@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import LocalAttention
@@ -10,18 +10,15 @@ from heads_lightning.conversion.families import decoder
 from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel, refuse
 from heads_lightning.conversion.mapping import StateMappingTemplate
 
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}
-"""What transformers assumes where config.json is silent."""
-
 
 class Mistral(Family):
     """`MistralForCausalLM`."""
 
     name = "mistral"
     architecture = "MistralForCausalLM"
+    defaults: ClassVar[HFConfig] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 8, "sliding_window": 4096}
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = DEFAULTS | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
         refuse(config, layer_types=None)
         return decoder.decoder_model(config, local_attention=LocalAttention(window=config["sliding_window"]))
 

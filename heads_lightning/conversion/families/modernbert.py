@@ -21,8 +21,10 @@ from heads_lightning.conversion.families.base import (
     needed,
     rename,
     rotary,
+    rotary_fields,
     with_bias,
 )
+from heads_lightning.conversion.families.decoder import full_layers
 from heads_lightning.conversion.mapping import StateMappingTemplate
 from heads_lightning.registry import ConfigError
 
@@ -45,9 +47,16 @@ class ModernBert(Family):
     objective = "mlm"
     attention = Attention.bidirectional
     head_prefixes = ("head.", "decoder.")
+    defaults = DEFAULTS
+    harmless = frozenset(
+        {
+            *("classifier_pooling", "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "sparse_prediction"),
+            *("sparse_pred_ignore_index", "deterministic_flash_attn", "reference_compile", "repad_logits_with_grad"),
+            *("position_embedding_type", "layer_norm_eps"),  # in published files; the class reads neither
+        }
+    )
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = DEFAULTS | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
         base, scaling = rotary(config, default_base=float(config.get("global_rope_theta", 160000.0)))
         norm = LayerNormConfig(name=NormType.layer_norm, eps=float(config["norm_eps"]), bias=bool(config.get("norm_bias", False)))
         backbone = TransformerConfig(
@@ -81,11 +90,10 @@ class ModernBert(Family):
         backbone, head = model.backbone, model.head
         if not isinstance(backbone, TransformerConfig) or not isinstance(head, MLMHeadConfig):
             raise ConfigError(f"backbone={backbone.name} with head={head.name} is not a transformer with head=mlm")
-        if backbone.rotary_scaling.type != RotaryScalingType.none:
-            raise ConfigError("backbone.rotary_scaling is not written for modernbert")
         local = backbone.local_attention
         local_base = backbone.rotary_base if local.rotary_base is None else local.rotary_base
-        rope = {"full_attention": backbone.rotary_base, "sliding_attention": local_base}
+        rope = {"full_attention": rotary_fields(backbone)["rope_parameters"]}
+        rope["sliding_attention"] = {"rope_type": "default", "rope_theta": local_base}
         return {
             "vocab_size": model.vocab_size,
             "hidden_size": backbone.d_model,
@@ -101,7 +109,7 @@ class ModernBert(Family):
             "mlp_bias": backbone.has_feed_forward_bias,
             "local_attention": 128 if local.window is None else 2 * (local.window - 1),
             "layer_types": ["sliding_attention" if backbone.is_local(i) else "full_attention" for i in range(backbone.num_layers)],
-            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": base} for kind, base in rope.items()},
+            "rope_parameters": rope,
             "global_rope_theta": backbone.rotary_base,
             "local_rope_theta": local_base,
             "classifier_activation": SPELLED[ACTIVATIONS[_spelled(head.activation)]],
@@ -149,13 +157,14 @@ def _split(source: str, dests: tuple[str, ...], bias: bool) -> list[StateMapping
 def _local(config: HFConfig) -> LocalAttention:
     layers, every = range(config["num_hidden_layers"]), config["global_attn_every_n_layers"]
     kinds = config.get("layer_types") or ["sliding_attention" if i % every else "full_attention" for i in layers]
-    full = [i for i in layers if kinds[i] == "full_attention"]
+    full, theta = full_layers(kinds, len(layers)), float(config.get("local_rope_theta", 10000.0))
+    width = config["local_attention"]
     if len(full) == len(layers):
         return LocalAttention()
-    base, scaling = rotary(config, default_base=float(config.get("local_rope_theta", 10000.0)), layers="sliding_attention")
+    base, scaling = rotary(config, default_base=theta, layers="sliding_attention")
     if scaling.type != RotaryScalingType.none:
         raise ConfigError("rope_parameters.sliding_attention of modernbert is scaled, which has no native counterpart")
-    return LocalAttention(window=config["local_attention"] // 2 + 1, global_layers=full, rotary_base=base)
+    return LocalAttention(window=width // 2 + 1, global_layers=full, rotary_base=base)
 
 
 def _every(backbone: TransformerConfig) -> dict[str, int]:

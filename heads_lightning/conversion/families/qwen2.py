@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import AttentionBias
@@ -10,18 +10,15 @@ from heads_lightning.conversion.families import decoder
 from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel
 from heads_lightning.conversion.mapping import StateMappingTemplate
 
-DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096}
-"""What transformers assumes where config.json is silent."""
-
 
 class Qwen2(Family):
     """`Qwen2ForCausalLM`."""
 
     name = "qwen2"
     architecture = "Qwen2ForCausalLM"
+    defaults: ClassVar[HFConfig] = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "sliding_window": 4096}
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = DEFAULTS | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
         return decoder.decoder_model(config, attention_bias=AttentionBias.qkv, local_attention=decoder.sliding_layers(config))
 
     def describe(self, model: NativeModel) -> dict[str, Any]:

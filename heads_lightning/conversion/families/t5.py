@@ -38,17 +38,19 @@ class T5(Family):
     objective = "span_corruption"
     attention = Attention.encoder_decoder
     prefix = ""
+    defaults = DEFAULTS
+    harmless = frozenset({"dense_act_fn", "is_gated_act", "is_encoder_decoder", "dropout_rate", "initializer_factor", "n_positions"})
     left_out: ClassVar[Mapping[str, str]] = {
         r"^decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias": "a table that T5 never reads"
     }
 
-    def native(self, config: HFConfig) -> NativeModel:
-        config = DEFAULTS | dict(config)
+    def read(self, config: HFConfig) -> NativeModel:
         gated, _, spelled = config["feed_forward_proj"].rpartition("-")
         if gated not in ("", "gated") or spelled not in ACTIVATIONS:
             raise ConfigError(f"feed_forward_proj={config['feed_forward_proj']} has no native counterpart")
         # v1.1 says tie_word_embeddings=false; transformers 5 writes true for both and tells them apart by the scale
-        scaled = config.get("scale_decoder_outputs", config.get("tie_word_embeddings") is not False)
+        tied = config.get("tie_word_embeddings") is not False
+        scaled = config.get("scale_decoder_outputs", tied)
         preset = T5Preset.t5_v1_0 if scaled else T5Preset.t5_v1_1
         backbone = T5Config(
             preset=preset,
