@@ -10,7 +10,7 @@ import tokenizers
 import torch
 import transformers as hf
 from tokenizers import decoders, models, pre_tokenizers
-from value_data import LLAMA, bert_config
+from value_data import LLAMA
 
 from heads_lightning.batch import Attention, Batch
 from heads_lightning.composition import compose
@@ -31,7 +31,7 @@ MODELS: dict[str, Any] = {
     "stablelm": lambda: hf.StableLmConfig(**LLAMA, **SIZE),
     "gemma": lambda: hf.GemmaConfig(**LLAMA, head_dim=8, **SIZE),
     "gemma2": lambda: hf.Gemma2Config(**LLAMA, head_dim=8, **SIZE),
-    "bert": lambda: bert_config(**SIZE),
+    "bert": lambda: hf.BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **SIZE),
 }
 BERT_HEAD = ["head.tie_embeddings=true", "head/layer_norm=layer_norm", "head.layer_norm.eps=1e-12", "head.layer_norm.bias=true"]
 PLAIN = ["head.bias=false"]
