@@ -156,6 +156,20 @@ def compose_with_bytes(config: ExperimentConfig) -> ExperimentConfig:
     return config
 
 
+def test_a_trunk_that_lacks_a_weight_is_refused(composed: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    checkpoint("llama", tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if k != "model.layers.1.mlp.up_proj.weight"},
+        tmp_path / "hf" / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ConfigError, match=r"lacks 1 weights, which would stay random: layers\.1\.mlp\.up_proj\.weight"):
+        built(composed(tmp_path / "hf", "huggingface", *PLAIN))
+
+
 @pytest.mark.parametrize("frozen", ["backbone.freeze=true", "backbone.lora_rank=2"])
 def test_a_frozen_embedding_is_said_and_can_be_trained(frozen: str, composed: Any, tmp_path: Path) -> None:
     checkpoint("llama", tmp_path / "hf")

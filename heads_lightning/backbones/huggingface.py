@@ -282,9 +282,25 @@ def _with_adapters(model: Any, config: HuggingFaceConfig) -> nn.Module:
 def _load(config: HuggingFaceConfig) -> nn.Module:
     """The model with its weights, on the CPU."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    model = AutoModel.from_pretrained(
-        config.source, revision=config.revision, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True
-    )
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it calls the output matrix unexpected, which our head takes
+    try:
+        model, loading = AutoModel.from_pretrained(
+            config.source,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(said)
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
+        raise ConfigError(
+            f"backbone.source={config.source} lacks {len(missing)} weights, which would stay random: {', '.join(missing[:3])}; "
+            f"is the checkpoint whole?"
+        )
     _without_pooler(model)
     return model
