@@ -16,6 +16,7 @@ from heads_lightning.backbones.base import Backbone
 from heads_lightning.composition import from_yaml, validate
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.tokenizer import HuggingFaceTokenizerConfig
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData, Progress, prepare
@@ -41,13 +42,8 @@ class Experiment:
     module: LanguageModule
 
 
-def build_model(
-    config: ExperimentConfig, vocab_size: int, *, device: torch.device | str = "cpu", say: Callable[[str], None] | None = None
-) -> tuple[Backbone, Head]:
-    """Backbone and head, laid out on meta, then initialised on `device` from config.seed: the same weights on any device count.
-
-    With `say`, weights that the config takes from elsewhere are loaded, and it hears about them; without, the caller loads all weights.
-    """
+def build_model(config: ExperimentConfig, vocab_size: int, *, device: torch.device | str = "cpu") -> tuple[Backbone, Head]:
+    """Backbone and head, laid out on meta, then initialised on `device` from config.seed: the same weights on any device count."""
     backbone = config.backbone.build(vocab_size=vocab_size, init_device="meta")
     head = build_head(config, backbone, vocab_size, init_device="meta")
     backbone.to_empty(device=device)
@@ -58,10 +54,26 @@ def build_model(
     if config.head.is_tied:
         assert isinstance(head, LMHead | ValueHead)
         head.tie(backbone.embedding)  # to_empty gave each its own storage
-    if say is not None:
-        for line in config.backbone.load_pretrained(backbone, head):
-            say(line)
     return backbone, head
+
+
+def load_pretrained(config: ExperimentConfig, backbone: Backbone, head: Head, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Fill a new model with the weights that its config takes from elsewhere, and say what was done; most configs take none.
+
+    Raises:
+        ConfigError: the tokenizer is another model's, or the head would lose weights.
+    """
+    foreign = isinstance(config.tokenizer, HuggingFaceTokenizerConfig)
+    generator = torch.Generator().manual_seed(config.seed)
+    new_tokens = tokenizer.vocabulary.added if foreign else None
+    lines = config.backbone.load_pretrained(backbone, head, new_tokens=new_tokens, generator=generator)
+    if lines and not foreign:
+        lines.append(
+            f"tokenizer: the weights were not trained with tokenizer={config.tokenizer.name}, so their embedding means nothing here; "
+            f"theirs is tokenizer=huggingface tokenizer.path={getattr(config.backbone, 'source', 'FOLDER')}"
+        )
+    for line in lines:
+        say(line)
 
 
 def build_head(config: ExperimentConfig, backbone: Backbone, vocab_size: int, *, init_device: str) -> Head:
@@ -109,7 +121,8 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
         length_warmup_steps=config.data.length_warmup_steps,
         shares=config.data.shares(),
     )
-    backbone, head = build_model(config, prepared.tokenizer.vocabulary.size, say=say)
+    backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
+    load_pretrained(config, backbone, head, prepared.tokenizer, say)
     prepare_blocks(backbone, config.trainer)
     module = LanguageModule(
         backbone,

@@ -36,25 +36,28 @@ def fill_new_rows(matrix: Tensor, new_ids: Sequence[int], *, generator: torch.Ge
 
 
 def initialise_new_tokens(
-    embedding: nn.Embedding, head: nn.Module, new_ids: Sequence[int], *, generator: torch.Generator | None = None, noise: float = NOISE
+    embedding: nn.Embedding,
+    head: nn.Module | None,
+    new_ids: Sequence[int],
+    *,
+    generator: torch.Generator | None = None,
+    noise: float = NOISE,
 ) -> None:
     """Fill the rows of new tokens in both matrices (once, where they are one) and in whatever the head has for each token.
 
     Args:
         embedding: of the backbone.
         head: with a linear projection `w_out`, as every built-in head over a vocabulary; its other parameters of one number a token
-            (a bias, a scale) are filled too.
+            (a bias, a scale) are filled too. A head that predicts no tokens has nothing to fill.
         new_ids: tokens that the model was not trained with.
         generator: of the noise.
         noise: its size, see NOISE.
     """
-    projection = getattr(head, "w_out", None)
-    if not isinstance(projection, nn.Linear):
-        raise ValueError(f"{type(head).__name__} has no linear projection w_out; fill its rows with fill_new_rows")
-    vocab_size = projection.out_features
     tables: list[Tensor] = [embedding.weight]
-    if projection.weight is not None and projection.weight is not embedding.weight:
-        tables.append(projection.weight)
-    tables += [p for p in head.parameters() if p.ndim == 1 and len(p) == vocab_size and p.shape[0] != projection.in_features]
+    projection = getattr(head, "w_out", None)
+    if head is not None and isinstance(projection, nn.Linear):
+        if projection.weight is not None and projection.weight is not embedding.weight:
+            tables.append(projection.weight)
+        tables += [p for p in head.parameters() if p.ndim == 1 and len(p) == projection.out_features != projection.in_features]
     for table in tables:
         fill_new_rows(table, new_ids, generator=generator, noise=noise)

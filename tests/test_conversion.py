@@ -477,9 +477,10 @@ def test_import_has_the_weights_of_trunk_and_head(case: str, tmp_path: Path) -> 
     options["bert"] = ["objective=mlm", "head=mlm", "head.tie_embeddings=true", "head/layer_norm=layer_norm", "head.layer_norm.bias=true"]
     options["bert"] += ["head.layer_norm.eps=1e-12"]
     config = compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'hf'}", "data.sequence_length=64", *options[case]])
-    said: list[str] = []
-    backbone, head = build_model(config, VOCAB, say=said.append)
-    assert len(said) == 1, said
+    backbone, head = build_model(config, VOCAB)
+    said = config.backbone.load_pretrained(backbone, head)
+    assert [line.partition(":")[0] for line in said] == ["backbone", "head"]
+    assert "fresh" not in str(said)
     tokens = torch.randint(3, VOCAB, (2, 20))
     from heads_lightning.batch import Batch
 
@@ -494,15 +495,19 @@ def test_import_has_the_weights_of_trunk_and_head(case: str, tmp_path: Path) -> 
 def test_import_into_another_vocabulary_says_what_is_new(tmp_path: Path) -> None:
     saved("llama", tmp_path / "hf")
     config = compose(["backbone=huggingface_import", f"backbone.source={tmp_path / 'hf'}"])  # a head with a bias, unlike Llama's
-    said: list[str] = []
-    backbone, _ = build_model(config, VOCAB + 3, say=said.append)
-    assert any("head: freshly initialised" in line for line in said)
-    assert any("3 rows of tokens that the source does not have are freshly initialised" in line for line in said)
+    backbone, head = build_model(config, VOCAB + 3)
+    said = config.backbone.load_pretrained(backbone, head)
+    assert "head: freshly initialised; that of LlamaForCausalLM is taken with head.bias=false" in said
+    assert "embedding: 3 new tokens begin near the mean of the others" in said
     source = state_of(tmp_path / "hf")["model.embed_tokens.weight"]
     assert torch.equal(backbone.embedding.weight[:VOCAB], source)
-    said.clear()
-    backbone, _ = build_model(config, VOCAB - 7, say=said.append)
-    assert any("7 rows that the tokenizer has no tokens for are left out" in line for line in said)
+    assert (backbone.embedding.weight[VOCAB:] - source.mean(0)).abs().max() < 0.05 * source.std()
+    smaller, head = build_model(config, VOCAB - 7)
+    assert any(
+        "7 rows that the tokenizer has no tokens for are left out" in line for line in config.backbone.load_pretrained(smaller, head)
+    )
+    with pytest.raises(ConfigError, match=r"3 tokens more than .* another model's"):
+        config.backbone.load_pretrained(*build_model(config, VOCAB + 3), new_tokens=[])
     changed(tmp_path / "hf", lambda s: s.pop("model.norm.weight"))
     with pytest.raises(ConversionError, match=r"lacks model\.norm\.weight"):
-        build_model(config, VOCAB, say=said.append)
+        config.backbone.load_pretrained(*build_model(config, VOCAB))

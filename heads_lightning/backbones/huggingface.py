@@ -19,6 +19,7 @@ from heads_lightning.backbones.base import Backbone, Cache
 from heads_lightning.backbones.layers import attention_bias, compute_dtype, positions_in_segments
 from heads_lightning.batch import Attention, Batch
 from heads_lightning.configs.huggingface import AttentionKernel, HuggingFaceConfig
+from heads_lightning.new_tokens import fill_new_rows
 from heads_lightning.registry import ConfigError
 
 _PROBE = 6
@@ -82,6 +83,11 @@ class HuggingFace(Backbone):
     def embedding(self) -> nn.Embedding:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The model's own token embedding."""
         return self.model.get_input_embeddings()
+
+    @property
+    def described(self) -> Any:
+        """transformers' configuration of the model."""
+        return self._described
 
     @property
     def num_layers(self) -> int:
@@ -197,9 +203,7 @@ def _fill(ours: Tensor, theirs: Tensor, generator: torch.Generator | None) -> No
         return
     rows = len(theirs)  # an embedding with rows added
     ours[:rows].copy_(theirs)
-    spread = theirs.float().std(0)
-    noise = torch.randn(len(ours) - rows, ours.shape[1], generator=generator, device=ours.device)
-    ours[rows:].copy_(theirs.float().mean(0).to(ours.device) + 0.1 * spread.to(ours.device) * noise)
+    fill_new_rows(ours, range(rows, len(ours)), generator=generator)
 
 
 def _described(config: HuggingFaceConfig) -> Any:
@@ -229,22 +233,24 @@ def _assemble(config: HuggingFaceConfig, described: Any, rows: int) -> nn.Module
     kernel = None if config.attention_kernel == AttentionKernel.auto else str(config.attention_kernel)
     with torch.device("meta"):
         try:
-            model = AutoModel.from_config(
+            model: Any = AutoModel.from_config(
                 described, dtype=getattr(torch, config.dtype), attn_implementation=kernel, trust_remote_code=False
             )
         except ValueError as error:
             raise ConfigError(
                 f"backbone.source={config.source}: {str(error).strip().split('. ')[0][:160]}; use backbone.attention_kernel=auto"
             ) from None
-        if rows != model.get_input_embeddings().num_embeddings:
-            old = model.get_input_embeddings()
-            model.set_input_embeddings(nn.Embedding(rows, old.embedding_dim, padding_idx=old.padding_idx, dtype=old.weight.dtype))
+        embedding = model.get_input_embeddings()
+        if rows != embedding.num_embeddings:  # in place: Gemma's multiplies by √width, others have ways of their own
+            embedding.weight = nn.Parameter(torch.empty(rows, embedding.embedding_dim, dtype=embedding.weight.dtype))
+            embedding.num_embeddings = rows
         _without_pooler(model)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.lora_rank:
-            return _with_adapters(model, config)
-    return model.requires_grad_(not config.freeze)
+        model = _with_adapters(model, config) if config.lora_rank else model.requires_grad_(not config.freeze)
+    if config.train_embedding:
+        model.get_input_embeddings().weight.requires_grad_(True)
+    return model
 
 
 def _without_pooler(model: Any) -> None:
@@ -276,9 +282,25 @@ def _with_adapters(model: Any, config: HuggingFaceConfig) -> nn.Module:
 def _load(config: HuggingFaceConfig) -> nn.Module:
     """The model with its weights, on the CPU."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    model = AutoModel.from_pretrained(
-        config.source, revision=config.revision, dtype=getattr(torch, config.dtype), trust_remote_code=False, use_safetensors=True
-    )
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it calls the output matrix unexpected, which our head takes
+    try:
+        model, loading = AutoModel.from_pretrained(
+            config.source,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(said)
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
+        raise ConfigError(
+            f"backbone.source={config.source} lacks {len(missing)} weights, which would stay random: {', '.join(missing[:3])}; "
+            f"is the checkpoint whole?"
+        )
     _without_pooler(model)
     return model

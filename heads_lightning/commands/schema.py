@@ -59,25 +59,26 @@ def _experiment() -> dict[str, Any]:
 
 def _group(group: str, *, nested: bool = False) -> dict[str, Any]:
     """An object with every field of every option of the group."""
-    variants: dict[str, list[dict[str, Any]]] = {}
+    variants: dict[str, dict[str, Field]] = {}
     for option, cls in Registry.groups[group].items():
         for field in fields_of(cls).values():
             if field.name != "name":
-                entry = _property(field) | {"description": f"{group}={option}: {field.doc}"}
-                variants.setdefault(field.name, []).append(entry)
-    properties = {name: _merged(entries) for name, entries in variants.items()}
+                variants.setdefault(field.name, {})[option] = field
+    every = len(Registry.groups[group])
+    properties = {name: _merged(group, fields, in_all=len(fields) == every) for name, fields in variants.items()}
     if not nested:
         properties["defaults"] = {"type": "array", "items": {"anyOf": [{"enum": [*group_options(group), "_self_"]}, {"type": "object"}]}}
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _merged(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fields of the same name in several options: one entry, their types joined."""
-    kinds = []
-    for entry in entries:
-        kinds += [kind for kind in entry["anyOf"] if kind not in kinds]
-    described = list(dict.fromkeys(entry["description"] for entry in entries))
-    return {"anyOf": kinds, "description": "\n".join(described)}
+def _merged(group: str, fields: dict[str, Field], *, in_all: bool) -> dict[str, Any]:
+    """Fields of the same name in several options: one entry, their types joined, and each meaning with the options that it has there."""
+    kinds, meanings = [], dict[str, list[str]]()
+    for option, field in fields.items():
+        kinds += [kind for kind in _property(field)["anyOf"] if kind not in kinds]
+        meanings.setdefault(field.doc, []).append(option)
+    described = [f"{group}={', '.join(options)}: {doc}" for doc, options in meanings.items()]
+    return {"anyOf": kinds, "description": next(iter(meanings)) if in_all and len(meanings) == 1 else "\n".join(described)}
 
 
 def _defaults() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -61,8 +62,17 @@ class BackboneConfig(Option):
         """The module (heads_lightning.backbones.base.Backbone)."""
         raise NotImplementedError  # abstract
 
-    def load_pretrained(self, backbone: Any, head: Any = None) -> list[str]:
-        """Fill modules that were just initialised with weights from elsewhere; returns lines that say what was done. Most have none."""
+    def load_pretrained(
+        self, backbone: Any, head: Any = None, *, new_tokens: Sequence[int] | None = None, generator: torch.Generator | None = None
+    ) -> list[str]:
+        """Fill modules that were just initialised with weights from elsewhere; returns lines that say what was done. Most have none.
+
+        Args:
+            backbone, head: what is filled.
+            new_tokens: ids that the weights' model has not met; their rows begin near the mean of the others. None: the tokenizer is
+                another one, and ids past the last row are new.
+            generator: of what tells those rows apart.
+        """
         return []
 
     def num_params(self, vocab_size: int) -> int:

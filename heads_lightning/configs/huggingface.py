@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -78,6 +79,8 @@ class HuggingFaceConfig(BackboneConfig):
     """Their scale is lora_alpha / lora_rank."""
     lora_dropout: float = 0.0
     """Dropout before them."""
+    train_embedding: bool = False
+    """Train the token embedding beside adapters or a frozen trunk: what new tokens, such as sentinels, need."""
     lora_targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the layers that get one; all-linear: every linear layer."""
 
@@ -108,6 +111,14 @@ class HuggingFaceConfig(BackboneConfig):
         from heads_lightning.backbones.huggingface import HuggingFace
 
         return HuggingFace(self, vocab_size=vocab_size, init_device=init_device)
+
+    def load_pretrained(
+        self, backbone: Any, head: Any = None, *, new_tokens: Sequence[int] | None = None, generator: torch.Generator | None = None
+    ) -> list[str]:
+        """The head's weights: the trunk reads its own when it is initialised."""
+        from heads_lightning.conversion.pretrained import load_head
+
+        return load_head(self, backbone, head, new_tokens=new_tokens, generator=generator)
 
     def num_params(self, vocab_size: int) -> int:
         return sum(p.numel() for p in self.build(vocab_size=vocab_size, init_device="meta").parameters())

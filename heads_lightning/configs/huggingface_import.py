@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -74,10 +75,12 @@ class HuggingFaceImportConfig(BackboneConfig):
             self.load_pretrained(module)
         return module
 
-    def load_pretrained(self, backbone: Any, head: Any = None) -> list[str]:
+    def load_pretrained(
+        self, backbone: Any, head: Any = None, *, new_tokens: Sequence[int] | None = None, generator: torch.Generator | None = None
+    ) -> list[str]:
         from heads_lightning.conversion.pretrained import load_pretrained
 
-        return load_pretrained(self, backbone, head)
+        return load_pretrained(self, backbone, head, new_tokens=new_tokens, generator=generator)
 
     def num_params(self, vocab_size: int) -> int:
         return self.native().num_params(vocab_size)

@@ -25,7 +25,7 @@ from heads_lightning.registry import ConfigError
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
-_ROLES_KEY = "heads_lightning_roles"
+_ROLES_KEY, _ADDED_KEY = "heads_lightning_roles", "heads_lightning_added"
 _NOT_TOKENS = ("sentinels", "fim_format")
 """Fields of Roles that are not the spelling of one token."""
 
@@ -70,14 +70,16 @@ class Tokenizer:
     Args:
         inner: of the `tokenizers` library; every spelling of `roles` must have an id in it.
         roles: which special token is for what.
+        added: spellings of the special tokens that whoever made the tokenizer did not know: no model has met them.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, roles: Roles) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, roles: Roles, added: Sequence[str] = ()) -> None:
         inner.encode_special_tokens = True  # as text, that is
         inner.no_truncation()
         inner.no_padding()
         self.inner = inner
         self.roles = roles
+        self.added = tuple(added)
         missing = [s for s in roles.spellings if inner.token_to_id(s) is None]
         assert not missing, f"special tokens without an id: {missing}"
 
@@ -140,6 +142,7 @@ class Tokenizer:
             "pad_token": roles.padding,
             "clean_up_tokenization_spaces": False,
             _ROLES_KEY: asdict(roles),
+            _ADDED_KEY: self.added,
         }
         if roles.mask is not None:
             config["mask_token"] = roles.mask
@@ -150,7 +153,8 @@ class Tokenizer:
     def load(cls, folder: Path | str) -> Tokenizer:
         """Read what `save` wrote."""
         folder = Path(folder)
-        return cls(_read(folder / TOKENIZER_FILE), _saved_roles(folder))
+        added = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(_ADDED_KEY, ())
+        return cls(_read(folder / TOKENIZER_FILE), _saved_roles(folder), added)
 
     # what objectives see
 
@@ -169,6 +173,7 @@ class Tokenizer:
             fim_format=self.roles.fim_format,
             **roles,  # pyright: ignore[reportArgumentType]
             sentinels=tuple(self.inner.token_to_id(s) for s in self.roles.sentinels),  # pyright: ignore[reportArgumentType]
+            added=tuple(self.inner.token_to_id(s) for s in self.added),  # pyright: ignore[reportArgumentType]
             special_V=np.array([not b for b in token_bytes]),
             token_bytes=token_bytes,
             word_start_V=np.array([b[:1] in _WORD_BREAKS for b in token_bytes]),
@@ -278,12 +283,13 @@ def from_huggingface(file: Path, *, num_sentinels: int) -> Tokenizer:
     inner = _read(file)
     config = file.parent / CONFIG_FILE
     named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    if _ROLES_KEY in named:  # one of ours
+    if _ROLES_KEY in named:  # one of ours: the model that comes with it has met every token
         return Tokenizer(inner, _saved_roles(file.parent))
-    roles = _recognise(inner.get_vocab(with_added_tokens=True), named, num_sentinels)
+    theirs = inner.get_vocab(with_added_tokens=True)
+    roles = _recognise(theirs, named, num_sentinels)
     # also for tokens that exist: some mark their infilling tokens as ordinary text, and ordinary text they would match
     inner.add_special_tokens([_special(s) for s in roles.spellings])
-    return Tokenizer(inner, roles)
+    return Tokenizer(inner, roles, [s for s in roles.spellings if s not in theirs])
 
 
 def _recognise(vocabulary: dict[str, int], named: dict[str, Any], num_sentinels: int) -> Roles:

@@ -38,6 +38,8 @@ class Vocabulary:
     """Family of the infilling tokens: a name in configs.fim_format."""
     sentinels: tuple[int, ...] = ()
     """Of span corruption, in order of use."""
+    added: tuple[int, ...] = ()
+    """Special tokens that a tokenizer of others did not have: a trained model has not met them."""
     special_V: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     """bool [V]: ids that are not text: never masked, never drawn as a replacement."""
     token_bytes: tuple[bytes, ...] = ()
