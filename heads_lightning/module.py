@@ -9,8 +9,8 @@ step, so there is no schedule state to restore.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as lightning
 import torch
@@ -25,6 +25,9 @@ from heads_lightning.configs.schedule import ScheduleConfig
 from heads_lightning.heads.base import Head, HeadLoss
 from heads_lightning.registry import RunError
 from heads_lightning.training.optimizers import build_optimizer
+
+if TYPE_CHECKING:
+    from heads_lightning.training.parallel import ShardedStrategy
 
 
 class TrainingStopped(RunError):
@@ -80,9 +83,31 @@ class LanguageModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Lay the weights out as the strategy says; called by Lightning when the processes exist, before the optimizer is made."""
+        if (strategy := self._sharded_strategy()) is not None:
+            strategy.lay_out(self, self.backbone, self.head)
+
+    def _sharded_strategy(self) -> ShardedStrategy | None:
+        """The strategy, where it is our own. (Its class takes a second to import.)"""
         strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            strategy.shard(self, self.backbone.blocks_in_order)  # pyright: ignore[reportAttributeAccessIssue] training.parallel
+        return cast("ShardedStrategy", strategy) if isinstance(strategy, ModelParallelStrategy) else None
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or groups of those that compute a sequence together: shares that a global batch is cut into."""
+        strategy = self._sharded_strategy()
+        return self.trainer.world_size if strategy is None else strategy.config.data_ranks
+
+    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
+        """Sums over all sequences of what each data rank has of its own."""
+        if self.data_ranks == 1:
+            return values
+        # fp32 on devices without fp64; counts are exact up to 2^24 there
+        total = torch.tensor(values, device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        if (strategy := self._sharded_strategy()) is not None:
+            strategy.sum_over_data_ranks(total)
+        else:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
 
     def score(self, batch: Batch, *, divisor: float | None) -> HeadLoss:
         """The loss of a micro-batch (Head.loss): the one way in which a step reads the weights."""
@@ -94,9 +119,9 @@ class LanguageModule(lightning.LightningModule):
         assert not isinstance(optimizer, list)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule.factor(batch_idx, self.total_steps)
-        targets = self._sum_over_ranks(step[0].step_targets)
-        # the strategy averages gradients over ranks: hand it world_size times this rank's share of the mean
-        divisor = max(targets, 1) / self.trainer.world_size
+        (targets,) = self.sum_over_data_ranks([step[0].step_targets])
+        # the strategy averages gradients over data ranks: hand it as many times this rank's share of the mean
+        divisor = max(targets, 1) / self.data_ranks
         for i, batch in enumerate(step):
             with self._gradients_stay_local(i + 1 < len(step)):
                 output = self.score(batch, divisor=divisor)
@@ -117,13 +142,6 @@ class LanguageModule(lightning.LightningModule):
         if local and isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return contextlib.nullcontext()
-
-    def _sum_over_ranks(self, count: int) -> int:
-        if self.trainer.world_size == 1:
-            return count
-        total = torch.tensor(count, device=self.device, dtype=torch.int64)
-        torch.distributed.all_reduce(total)
-        return int(total)
 
     def _clip(self, optimizer: Any) -> Tensor:
         """Norm of the whole gradient before clipping, fp32 scalar."""
@@ -162,7 +180,7 @@ class LanguageModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Sums of all ranks, divided once."""
-        totals = self._validation.over_ranks(self.device, self.trainer.world_size)
+        totals = self._validation.over_ranks(self.sum_over_data_ranks)
         values = {"val/loss": totals.loss / max(totals.targets, 1)}
         for i, name in enumerate(self.parts):
             if totals.part_targets[i]:
@@ -224,19 +242,15 @@ class Totals:
         """The sums as numbers (this is where the host waits for the device)."""
         return {name: float(value) for name, value in self._tensors.items() if value.ndim == 0}
 
-    def over_ranks(self, device: torch.device, world_size: int) -> Sums:
-        """Sums over all ranks."""
+    def over_ranks(self, total: Callable[[list[float]], list[float]]) -> Sums:
+        """Sums over all ranks. `total` sums a list of numbers over them."""
         values = self.read()
         flat = [values.get("loss", 0.0), float(self.targets)]
         flat += [values.get(f"part_loss_{i}", 0.0) for i in range(self.num_parts)]
         flat += [values.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
         # a rank without a batch has none
         flat += self._tensors["statistics"].tolist() if "statistics" in self._tensors else [0.0] * self.num_statistics
-        if world_size > 1:
-            # fp32 on devices without fp64; the counts are exact up to 2^24 targets a rank
-            total = torch.tensor(flat, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-            torch.distributed.all_reduce(total)
-            flat = total.tolist()
+        flat = total(flat)
         k = self.num_parts
         return Sums(flat[0], int(flat[1]), flat[2 : 2 + k], flat[2 + k : 2 + 2 * k], flat[2 + 2 * k :])
 

@@ -124,7 +124,7 @@ def _memory(
     share: float,
 ) -> Memory:
     weights = sum(_bytes(p) for p in {id(p): p for p in (*backbone.parameters(), *head.parameters())}.values())
-    rows = min(config.trainer.micro_batch_size, config.trainer.global_batch_size // config.trainer.world_size)
+    rows = min(config.trainer.micro_batch_size, config.trainer.global_batch_size // config.trainer.data_ranks)
     dtype = PRECISION_DTYPES.get(precision, torch.float32)
     loss = 0
     if isinstance(config.head, LMHeadConfig):

@@ -133,14 +133,20 @@ def _fit(
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()
-    # dropout draws from the global generators; ranks must not drop the same units
-    torch.manual_seed(config.seed * 1_000_003 + int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))))
+    torch.manual_seed(config.seed * 1_000_003 + _dropout_rank(config))
     trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
     _say_what_runs(experiment, console, trainer)
     trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))
     if trainer.num_training_batches % config.trainer.val_every_steps:
         trainer.validate(experiment.module, datamodule=experiment.datamodule, verbose=False)
     return _conclude(experiment, run_dir, log, console, metrics, checkpoints, trainer)
+
+
+def _dropout_rank(config: ExperimentConfig) -> int:
+    """Number of this rank among those that draw apart. Dropout draws from the global generators: ranks must not drop the same units, but
+    ranks that compute the same hidden states must."""
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    return rank if config.backbone.shares_positions else rank // config.trainer.tensor_ranks
 
 
 def _resume_path(config: ExperimentConfig) -> Path | None:

@@ -109,11 +109,7 @@ class MetricsCallback(Callback):
         totals = module.totals
         summed = totals.read()
         names = sorted(summed.keys() - {"grad_norm"})
-        sums = [float(totals.targets), *(summed[name] for name in names)]
-        if trainer.world_size > 1:
-            shared = torch.tensor(sums, dtype=torch.float64, device=module.device)
-            torch.distributed.all_reduce(shared)
-            sums = shared.tolist()
+        sums = module.sum_over_data_ranks([float(totals.targets), *(summed[name] for name in names)])
         seconds = time.perf_counter() - self._since
         self.seconds_in_steps += seconds
         targets = max(sums[0], 1.0)
