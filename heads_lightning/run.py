@@ -198,6 +198,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # the position in the data is the data module's, not the loader's
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    # what validation logs are sums over all ranks already
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # one process makes batches faster than workers could hand them over (see data.datamodule)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # a login node has srun, and a run started by hand there is meant to run there

@@ -52,9 +52,24 @@ MUON = ["objective=causal", "optimizer=muon", "optimizer.max_grad_norm=null", "t
 """Muon orthogonalises in bf16, which makes rounding large: compared where the gradients are the same to the bit, with two DDP ranks."""
 
 
+TENSOR = ["trainer.parallel=tensor", "trainer.devices=2", "trainer.micro_batch_size=3"]
+BERT = "backbone.norm_placement=post backbone.norm=layer_norm backbone.bias=true backbone.embedding_norm=true backbone.token_types=2".split()
+TENSOR_MODELS = {
+    "tensor_fim": [*MODELS["fim_middle"], "head.z_loss_multiplier=1e-2", "head.label_smoothing=0.1", "tokenizer.vocab_size=511"],
+    "tensor_bert": [*MODELS["mlm"], *BERT, "backbone.position=learned", "head.tie_embeddings=true", "trainer.recompute_every=1"],
+    "tensor_olmo": [
+        *["objective=causal", "head=normalized", "backbone.norm_placement=reordered", "backbone.qk_norm=true", *GRADIENT, *CLIPPED],
+        *["backbone.num_heads=4", "backbone.num_kv_heads=2", "optimizer.average_decay=0.5"],
+    ],
+    "tensor_t5": MODELS["padded_t5"],
+}
+"""Between them every role of a module, a vocabulary that does not divide, and all that touches gradients or weights besides."""
+MODELS |= TENSOR_MODELS
+
+
 def of(model: str, tiny: list[str]) -> list[str]:
     fields = ["backbone.d_model", "backbone.num_layers", "backbone.num_heads"]
-    sized = model in ("padded_t5", "bigs")  # these presets have sizes of their own
+    sized = model in ("padded_t5", "bigs", "tensor_t5")  # these presets have sizes of their own
     return [o for o in tiny if not (sized and o.split("=")[0] in fields)] + MODELS[model]
 
 
@@ -62,7 +77,8 @@ def of(model: str, tiny: list[str]) -> list[str]:
 def sharded(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of two ranks, one for each model."""
     folder = tmp_path_factory.mktemp("sharded")
-    cases = {folder / model: [*of(model, tiny), *FSDP] for model in MODELS}
+    cases = {folder / model: [*of(model, tiny), *(TENSOR if model in TENSOR_MODELS else FSDP)] for model in MODELS}
+    cases[folder / "muon_tensor"] = [*tiny, *MUON, *TENSOR, "trainer.micro_batch_size=4"]
     for parallel in ("data", "fsdp"):
         cases[folder / f"muon_{parallel}"] = [*tiny, *FSDP, *MUON, f"trainer.parallel={parallel}"]
     cases[folder / "bfloat16"] = [*of("mlm", tiny), *FSDP, "trainer.gather_dtype=bfloat16", "trainer.reshard=false"]
@@ -81,10 +97,12 @@ def test_sharded_ranks_give_the_weights_of_one_process(tiny: list[str], tmp_path
 
 
 @pytest.mark.distributed
-def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path) -> None:
+@pytest.mark.parametrize("parallel", ["fsdp", "tensor"])
+def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path, parallel: str) -> None:
     """To the last bit of bf16 (2^-8 of an update of 1e-2 or two, in each of 3 steps) where rounding tips one, which few matrices see."""
-    data, fsdp = weights(sharded / "muon_data"), weights(sharded / "muon_fsdp")
-    differences = sorted(float((data[name] - fsdp[name]).abs().max()) for name in data if data[name].ndim == 2)
+    data, other = weights(sharded / "muon_data"), weights(sharded / f"muon_{parallel}")
+    differences = sorted(float((data[name] - other[name]).abs().max()) for name in data if data[name].ndim == 2)
+    print(differences)
     assert differences[len(differences) // 2] < 1e-6
     assert differences[-1] < 3 * 2e-2 * 2**-8
 
@@ -108,9 +126,45 @@ def test_groups_that_share_copies_give_the_weights_of_one_process_and_are_evalua
     assert (tmp_path / "four" / "evaluation.json").is_file()
 
 
+@pytest.mark.distributed
+def test_groups_that_compute_together_give_the_weights_of_one_process(tiny: list[str], tmp_path: Path) -> None:
+    """Four ranks, two groups of two: each group reads 4 of 8 sequences, in micro-batches of 3 and 1. Offloaded or not."""
+    layout = ["trainer.parallel=fsdp_tensor", "trainer.devices=4", "trainer.tensor_size=2", "trainer.micro_batch_size=3"]
+    cases = {"tensor_fim": [], "tensor_bert": ["trainer.offload=true"], "tensor_t5": []}
+    train_ranks({tmp_path / "four" / model: [*of(model, tiny), *layout, *more] for model, more in cases.items()}, ranks=4)
+    for model in cases:
+        train(compose(of(model, tiny)), tmp_path / model)
+        assert largest_difference(weights(tmp_path / model), weights(tmp_path / "four" / model)) < 1e-6
+        for name in ("train/loss", "train/grad_norm", "train/target_share", "val/loss"):
+            assert curve(tmp_path / "four" / model, name) == pytest.approx(curve(tmp_path / model, name), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["backbone.num_heads=1"], r"backbone\.num_heads=1 cannot be shared evenly by the 2 devices of trainer\.parallel=tensor"),
+        (["backbone.num_kv_heads=1"], r"backbone\.num_kv_heads=1 cannot be shared evenly"),
+        (["data.sequence_length=65"], r"data\.sequence_length=65 cannot be shared evenly"),
+        (["backbone.qk_norm=true", "backbone.qk_norm_width=full"], r"use backbone\.qk_norm_width=head, or trainer\.parallel=fsdp"),
+        (["backbone=ngpt"], r"backbone=transformer or t5, not of backbone=ngpt; use trainer\.parallel=fsdp"),
+        (["objective=value", "head=value", "objective.target=outcome"], r"head=value does not have; use trainer\.parallel=fsdp"),
+    ],
+)
+def test_what_devices_cannot_share_is_refused_while_composing(tiny: list[str], overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose([*tiny, *TENSOR, *overrides])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"parallel": "tensor"}, r"parallel=tensor needs several devices, not 1"),
+        ({"parallel": "tensor", "devices": 4, "tensor_size": 2}, r"all 4 devices; leave it out, or use trainer\.parallel=fsdp_tensor"),
+        ({"parallel": "fsdp_tensor", "devices": 6, "tensor_size": 4}, r"groups of 4 of 6 devices.*use trainer\.tensor_size=2 or 3"),
+        ({"parallel": "fsdp_tensor", "devices": 2}, r"groups of 2 of 2 devices.*use trainer\.parallel=tensor"),
+        ({"devices": 2, "tensor_size": 2}, r"tensor_size=2 belongs to trainer\.parallel=tensor or fsdp_tensor, not auto"),
+        ({"devices": 2, "parallel": "tensor", "offload": True}, r"offload=True belongs to trainer\.parallel=fsdp or hsdp or fsdp_tensor"),
+        ({"parallel": "fsdp_tensor", "devices": 6, "tensor_size": 2}, r"evenly by 3 groups of 2 devices; use a multiple of 3"),
         ({"parallel": "fsdp"}, r"parallel=fsdp needs several devices, not 1; use trainer\.devices=2 or trainer\.parallel=auto"),
         ({"parallel": "hsdp", "devices": 4, "shard_size": 3}, r"groups of 3 of 4 devices.*use trainer\.shard_size=2"),
         ({"parallel": "hsdp", "devices": 2}, r"groups of 2 of 2 devices.*use trainer\.parallel=fsdp"),
