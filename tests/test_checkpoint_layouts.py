@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_parallel import FSDP, GRADIENT, curve, train_ranks
+from test_parallel import FSDP, GRADIENT, TENSOR, curve, train_ranks
 from test_training import largest_difference, weights
 
 from heads_lightning.composition import compose
@@ -27,8 +27,15 @@ DATA = [*FSDP, "trainer.micro_batch_size=2", "trainer.parallel=data"]
 SHARDED = [*FSDP, "trainer.micro_batch_size=2"]
 
 
-def after_three(run_dir: Path) -> str:
-    return f"resume={checkpoint_path(run_dir, 3)}"
+LAYOUTS = ["exact_fsdp", "full_fsdp", "tensor"]
+MOVES = [
+    *[("one", "fsdp"), ("fsdp", "data"), ("fsdp", "one")],
+    *[("tensor", "fsdp"), ("fsdp", "tensor"), ("one", "tensor"), ("tensor", "one")],
+]
+
+
+def after(step: int, run_dir: Path) -> str:
+    return f"resume={checkpoint_path(run_dir, step)}"
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +47,29 @@ def runs(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_ranks(
         {
             folder / "data": [*tiny, *DROPOUT, *DATA],
-            folder / "data_resumed": [*tiny, *DROPOUT, *DATA, after_three(folder / "data")],
+            folder / "data_resumed": [*tiny, *DROPOUT, *DATA, after(3, folder / "data")],
             folder / "fsdp": [*tiny, *DROPOUT, *SHARDED, FOLDERS],
-            folder / "fsdp_resumed": [*tiny, *DROPOUT, *SHARDED, FOLDERS, after_three(folder / "fsdp")],
+            folder / "fsdp_resumed": [*tiny, *DROPOUT, *SHARDED, FOLDERS, after(3, folder / "fsdp")],
             folder / "exact_fsdp": [*exact, *SHARDED, FOLDERS],
             folder / "full_fsdp": [*exact, *SHARDED],
-            folder / "one_to_fsdp": [*exact, *SHARDED, after_three(folder / "one")],
-            folder / "fsdp_to_data": [*exact, *DATA, FOLDERS, after_three(folder / "full_fsdp")],
+            folder / "one_to_fsdp": [*exact, *SHARDED, after(3, folder / "one")],
+            folder / "fsdp_to_data": [*exact, *DATA, FOLDERS, after(3, folder / "full_fsdp")],
+            folder / "tensor": [*exact, *TENSOR, FOLDERS],
+            folder / "tensor_to_fsdp": [*exact, *SHARDED, after(3, folder / "tensor")],
+            folder / "fsdp_to_tensor": [*exact, *TENSOR, after(3, folder / "exact_fsdp")],
+            folder / "one_to_tensor": [*exact, *TENSOR, after(3, folder / "one")],
+            folder / "data_to_tensor": [*exact, *TENSOR, "trainer.max_steps=7", after(6, folder / "fsdp_to_data")],
             folder / "data_to_fsdp": [
                 *exact,
                 *SHARDED,
                 FOLDERS,
                 "trainer.max_steps=7",
-                after_three(folder / "fsdp_to_data").replace("3", "6"),
+                after(6, folder / "fsdp_to_data"),
             ],
         }
     )
-    train(compose([*exact, after_three(folder / "exact_fsdp")]), folder / "fsdp_to_one")
+    train(compose([*exact, after(3, folder / "exact_fsdp")]), folder / "fsdp_to_one")
+    train(compose([*exact, after(3, folder / "tensor")]), folder / "tensor_to_one")
     return folder
 
 
@@ -75,7 +88,7 @@ def test_each_rank_draws_its_own_dropout_and_saves_how(runs: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("other", ["exact_fsdp", "full_fsdp", "one_to_fsdp", "fsdp_to_data", "fsdp_to_one"])
+@pytest.mark.parametrize("other", [*LAYOUTS, *(f"{a}_to_{b}" for a, b in MOVES)])
 def test_a_run_goes_on_in_another_layout_from_either_format(runs: Path, other: str) -> None:
     assert largest_difference(weights(runs / "one"), weights(runs / other)) < 1e-6
     averages = [dict(read_checkpoint(newest_checkpoint(runs / name))["average"]) for name in ("one", other)]

@@ -14,6 +14,7 @@ from heads_lightning.composition import compose
 from heads_lightning.configs.trainer import TrainerConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
+from heads_lightning.training.checkpoints import checkpoint_path
 
 FSDP = ["trainer.parallel=fsdp", "trainer.devices=2", "trainer.micro_batch_size=3"]
 """Two ranks, 4 sequences each in micro-batches of 3 and 1: unequal, with unequal numbers of targets."""
@@ -96,15 +97,27 @@ def test_sharded_ranks_give_the_weights_of_one_process(tiny: list[str], tmp_path
     assert min(curve(tmp_path / "one", "train/grad_norm")) > 0.1
 
 
+def matrix_differences(a: Path, b: Path) -> list[float]:
+    first, other = weights(a), weights(b)
+    return sorted(float((first[name] - other[name]).abs().max()) for name in first if first[name].ndim == 2)
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("parallel", ["fsdp", "tensor"])
-def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path, parallel: str) -> None:
+def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path) -> None:
     """To the last bit of bf16 (2^-8 of an update of 1e-2 or two, in each of 3 steps) where rounding tips one, which few matrices see."""
-    data, other = weights(sharded / "muon_data"), weights(sharded / f"muon_{parallel}")
-    differences = sorted(float((data[name] - other[name]).abs().max()) for name in data if data[name].ndim == 2)
-    print(differences)
+    differences = matrix_differences(sharded / "muon_data", sharded / "muon_fsdp")
     assert differences[len(differences) // 2] < 1e-6
     assert differences[-1] < 3 * 2e-2 * 2**-8
+
+
+@pytest.mark.distributed
+def test_muon_of_devices_that_compute_together_differs_as_another_cut_does(tiny: list[str], tmp_path: Path, sharded: Path) -> None:
+    """Tensor parallelism adds in another order, and so does a smaller micro-batch: the same rounding, blown up by bf16 in the same way."""
+    for micro in (8, 1):
+        train(compose([*tiny, *MUON, f"trainer.micro_batch_size={micro}"]), tmp_path / str(micro))
+    other_cut = matrix_differences(tmp_path / "8", tmp_path / "1")
+    together = matrix_differences(tmp_path / "8", sharded / "muon_tensor")
+    assert together[-1] < 2 * other_cut[-1] < 2e-3
 
 
 @pytest.mark.distributed
@@ -114,29 +127,46 @@ def test_weights_gathered_as_bfloat16_cost_rounding_alone(sharded: Path) -> None
     assert rounded == pytest.approx(exact, rel=0.01)  # bf16 keeps 8 bits
 
 
-@pytest.mark.distributed
-def test_groups_that_share_copies_give_the_weights_of_one_process_and_are_evaluated(tiny: list[str], tmp_path: Path) -> None:
-    """Four ranks, two copies in halves; the first rank evaluates the whole model, of which it held a half."""
-    overrides = [*of("fim_middle", tiny), "trainer.max_steps=2"]
-    hsdp = ["trainer.parallel=hsdp", "trainer.devices=4", "trainer.shard_size=2", "evaluation.enabled=true"]
-    train(compose(overrides), tmp_path / "one")
-    train_ranks({tmp_path / "four": [*overrides, *hsdp]}, ranks=4)
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "four")) < 1e-6
-    assert curve(tmp_path / "four", "train/loss") == pytest.approx(curve(tmp_path / "one", "train/loss"), rel=1e-5)
-    assert (tmp_path / "four" / "evaluation.json").is_file()
+FOUR = ["trainer.devices=4", "trainer.micro_batch_size=3", "trainer.max_steps=2"]
+GROUPS = ["trainer.parallel=fsdp_tensor", "trainer.tensor_size=2"]
+OF_FOUR = {
+    "fim_middle": ["trainer.parallel=hsdp", "trainer.shard_size=2", "evaluation.enabled=true"],
+    "tensor_fim": [*GROUPS, "evaluation.enabled=true"],
+    "tensor_bert": [*GROUPS, "trainer.offload=true"],
+    "tensor_t5": GROUPS,
+}
+"""Two copies in halves; two groups of two, of which each reads 4 of 8 sequences, in micro-batches of 3 and 1."""
+
+
+@pytest.fixture(scope="module")
+def of_four(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs of four ranks, one for each model."""
+    folder = tmp_path_factory.mktemp("of_four")
+    fim = [*of("tensor_fim", tiny), "trainer.checkpoint_every_steps=1", "trainer.max_steps=2"]
+    train(compose(fim), folder / "one")
+    cases = {folder / model: [*of(model, tiny), *FOUR, *layout] for model, layout in OF_FOUR.items()}
+    cases[folder / "groups"] = [*fim, *FOUR, *GROUPS, "trainer.checkpoint_format=distributed"]
+    cases[folder / "one_to_groups"] = [*fim, *FOUR, *GROUPS, f"resume={checkpoint_path(folder / 'one', 1)}"]
+    train_ranks(cases, ranks=4)
+    train(compose([*fim, f"resume={checkpoint_path(folder / 'groups', 1)}"]), folder / "groups_to_one")
+    return folder
 
 
 @pytest.mark.distributed
-def test_groups_that_compute_together_give_the_weights_of_one_process(tiny: list[str], tmp_path: Path) -> None:
-    """Four ranks, two groups of two: each group reads 4 of 8 sequences, in micro-batches of 3 and 1. Offloaded or not."""
-    layout = ["trainer.parallel=fsdp_tensor", "trainer.devices=4", "trainer.tensor_size=2", "trainer.micro_batch_size=3"]
-    cases = {"tensor_fim": [], "tensor_bert": ["trainer.offload=true"], "tensor_t5": []}
-    train_ranks({tmp_path / "four" / model: [*of(model, tiny), *layout, *more] for model, more in cases.items()}, ranks=4)
-    for model in cases:
-        train(compose(of(model, tiny)), tmp_path / model)
-        assert largest_difference(weights(tmp_path / model), weights(tmp_path / "four" / model)) < 1e-6
-        for name in ("train/loss", "train/grad_norm", "train/target_share", "val/loss"):
-            assert curve(tmp_path / "four" / model, name) == pytest.approx(curve(tmp_path / model, name), rel=1e-5)
+@pytest.mark.parametrize("model", OF_FOUR)
+def test_groups_of_ranks_give_the_weights_of_one_process(tiny: list[str], tmp_path: Path, of_four: Path, model: str) -> None:
+    """The first rank evaluates the whole model, of which it held a part."""
+    train(compose([*of(model, tiny), "trainer.max_steps=2"]), tmp_path)
+    assert largest_difference(weights(tmp_path), weights(of_four / model)) < 1e-6
+    for name in ("train/loss", "train/grad_norm", "train/target_share", "val/loss"):
+        assert curve(of_four / model, name) == pytest.approx(curve(tmp_path, name), rel=1e-5)
+    assert (of_four / model / "evaluation.json").is_file() == ("evaluation.enabled=true" in OF_FOUR[model])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("other", ["groups", "one_to_groups", "groups_to_one"])
+def test_a_checkpoint_goes_from_groups_to_one_process_and_back(of_four: Path, other: str) -> None:
+    assert largest_difference(weights(of_four / "one"), weights(of_four / other)) < 1e-6
 
 
 @pytest.mark.parametrize(
