@@ -152,6 +152,7 @@ def of_four(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", OF_FOUR)
 def test_groups_of_ranks_give_the_weights_of_one_process(tiny: list[str], tmp_path: Path, of_four: Path, model: str) -> None:
@@ -163,6 +164,7 @@ def test_groups_of_ranks_give_the_weights_of_one_process(tiny: list[str], tmp_pa
     assert (of_four / model / "evaluation.json").is_file() == ("evaluation.enabled=true" in OF_FOUR[model])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("other", ["groups", "one_to_groups", "groups_to_one"])
 def test_a_checkpoint_goes_from_groups_to_one_process_and_back(of_four: Path, other: str) -> None:
