@@ -69,6 +69,10 @@ class LanguageModule(lightning.LightningModule):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
         self.bad_steps_in_a_row = 0
+        self.measures_update = False
+        """Whether the coming step is to say how large its update is; the metrics callback asks for it before logged points."""
+        self.update_ratio: Tensor | None = None
+        """Norm of the last measured update over that of the weights, of this rank's watched weights."""
         self.totals = Totals()
         """Sums since the last logged point; the metrics callback reads and clears them."""
         self._validation = Totals()
@@ -128,10 +132,13 @@ class LanguageModule(lightning.LightningModule):
                 self.manual_backward(output.loss)
             self.totals.add(output, batch)
         norm = self._clip(optimizer)
-        if self._is_bad(norm, step, batch_idx):
+        if bad := self._is_bad(norm, step, batch_idx):
             optimizer.zero_grad(set_to_none=True)
-        self.totals.finish_step(norm)
+        self.totals.finish_step(norm, counts=not bad)
+        before = [weight.detach().clone() for weight in self._watched_weights()] if self.measures_update else []
         optimizer.step()
+        if before:
+            self.update_ratio = _change(before, self._watched_weights())
         optimizer.zero_grad(set_to_none=True)
         self.backbone.after_optimizer_step()
         self.head.after_optimizer_step()
@@ -142,6 +149,11 @@ class LanguageModule(lightning.LightningModule):
         if local and isinstance(strategy, ParallelStrategy):
             return strategy.block_backward_sync()
         return contextlib.nullcontext()
+
+    def _watched_weights(self) -> list[Tensor]:
+        """This rank's matrices of the first and the last block: copying those alone is cheap."""
+        blocks = self.backbone.blocks_in_order
+        return [_own(p) for block in {id(b): b for b in (*blocks[:1], *blocks[-1:])}.values() for p in block.parameters() if p.ndim > 1]
 
     def _clip(self, optimizer: Any) -> Tensor:
         """Norm of the whole gradient before clipping, fp32 scalar."""
@@ -189,6 +201,17 @@ class LanguageModule(lightning.LightningModule):
         self.log_dict(values | {f"val/{name}": value for name, value in self.head.metrics(totals.statistics).items()})
 
 
+def _own(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def _change(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """Norm of the change over the norm of what was changed."""
+    changes = [new - old for new, old in zip(after, before, strict=True)]
+    return torch.nn.utils.get_total_norm(changes) / torch.nn.utils.get_total_norm(before).clamp(min=1e-12)
+
+
 class Totals:
     """Sums of losses and counts, kept as tensors until somebody reads them: adding never synchronises with the device."""
 
@@ -200,28 +223,40 @@ class Totals:
     def clear(self) -> None:
         """Back to zero."""
         self._tensors: dict[str, Tensor] = {}
+        self.by_step: list[tuple[Tensor, int, Tensor]] = []
+        """Of each finished step: loss summed and targets on this rank, norm of the gradient."""
+        self._of_step: dict[str, Tensor] = {}
+        self._targets_of_step = 0
         self.targets = 0
         self.positions = 0
         self.padding = 0
         self.steps = 0
+        self.good_steps = 0
 
     def _accumulate(self, name: str, value: Tensor) -> None:
-        value = value.detach()
         held = self._tensors.get(name)
-        # a non-finite value of a step that is skipped must not poison the sum of the others
-        self._tensors[name] = value.double() if held is None else held + value
+        self._tensors[name] = value.detach().double() if held is None else held + value.detach()
 
     def add(self, output: HeadLoss, batch: Batch) -> None:
         """Add a training micro-batch."""
         for name, value in output.sums.items():
-            self._accumulate(name, value)
-        self.targets += batch.counted
+            held = self._of_step.get(name)
+            self._of_step[name] = value.detach().double() if held is None else held + value.detach()
+        self._targets_of_step += batch.counted
         self.positions += batch.tokens_BS.numel()
         self.padding += batch.num_padding
 
-    def finish_step(self, norm: Tensor) -> None:
-        """Count an optimizer step with this gradient norm."""
-        self._accumulate("grad_norm", norm)
+    def finish_step(self, norm: Tensor, *, counts: bool = True) -> None:
+        """Count an optimizer step with this gradient norm. One that is skipped (not `counts`) has no part in the means."""
+        if counts:
+            for name, value in self._of_step.items():
+                self._accumulate(name, value)
+            self._accumulate("grad_norm", norm)
+            self.targets += self._targets_of_step
+            self.good_steps += 1
+        if "loss" in self._of_step:
+            self.by_step.append((self._of_step["loss"], self._targets_of_step, norm))
+        self._of_step, self._targets_of_step = {}, 0
         self.steps += 1
 
     def add_tokens(self, output: HeadLoss, batch: Batch) -> None:

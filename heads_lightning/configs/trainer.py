@@ -41,7 +41,8 @@ class CheckpointFormat(StrEnum):
     """One file, written by the first rank while training waits."""
     distributed = "distributed"
     """A folder that every rank writes its share of, while training goes on (PyTorch's distributed checkpoints). One that is being written
-    when a run is killed is lost: the run goes on from the one before it."""
+    when a run is killed is lost; so one more is written half-way between two, and dropped after the next: no kill costs more than
+    checkpoint_every_steps."""
 
 
 @dataclass
@@ -105,6 +106,9 @@ class TrainerConfig(Option):
     """How a checkpoint lies on disk."""
     log_every_steps: int = 10
     """Optimizer steps between logged points; values in between are summed, not lost."""
+    profile_step: int | None = None
+    """Optimizer step (from 1) with which PyTorch's profiler records three steps into the run folder: profile.txt, profile.json.gz. Not the
+    first ones, which warm up."""
     max_bad_steps: int = 5
     """Steps in a row with a loss or gradient that is not finite (each is skipped and counted) before the run stops."""
     progress_bar: bool = True
@@ -119,7 +123,7 @@ class TrainerConfig(Option):
             self.require(getattr(self, field) >= 1, field, "1 or more")
         self.require(self.recompute_every >= 0, "recompute_every", "0 or more")
         self.require(self.keep_best >= 0, "keep_best", "0 or more")
-        for field in ("max_steps", "max_tokens", "shard_size", "tensor_size"):
+        for field in ("max_steps", "max_tokens", "shard_size", "tensor_size", "profile_step"):
             self.require(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more, or null")
         if self.precision not in PRECISIONS:
             raise ConfigError(
