@@ -83,7 +83,7 @@ def memory(
     rows = min(trainer.micro_batch_size, trainer.global_batch_size // trainer.data_ranks)
     dtype = PRECISION_DTYPES.get(precision, torch.float32)
     backbone, head = meta_model(config, vocab_size, precision)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _tensor_mesh(trainer.tensor_ranks) as mesh:
+    with _tensor_mesh(trainer.tensor_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake:
         for module in (backbone, head):
             module.to_empty(device="cpu")
         if mesh is not None:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 from test_parallel import FSDP, GRADIENT, TENSOR, curve, train_ranks
@@ -18,6 +19,7 @@ from heads_lightning.composition import compose
 from heads_lightning.experiment import load
 from heads_lightning.registry import RunError
 from heads_lightning.run import train
+from heads_lightning.training import distributed_checkpoints
 from heads_lightning.training.checkpoints import FOLDER, checkpoint_path, newest_checkpoint, read_checkpoint, saved_checkpoints, step_of
 
 FOLDERS = "trainer.checkpoint_format=distributed"
@@ -141,11 +143,43 @@ def test_a_metric_that_is_not_reported_is_named_with_those_that_are(tiny: list[s
         train(compose([*tiny, "trainer.keep_best=1", "trainer.keep_best_metric=val/los"]), tmp_path)
 
 
+class Witness(lightning.Callback):
+    """After every step, what a kill would leave."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.left: dict[int, int] = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        saved = saved_checkpoints(self.run_dir / FOLDER)
+        self.left[index + 1] = step_of(saved[-1]) if saved else 0
+
+
+@pytest.mark.parametrize("interval", [1, 4, 5])
+def test_no_step_is_further_than_the_interval_from_a_complete_checkpoint(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int
+) -> None:
+    """On a disk so slow that a folder is complete only when it is waited for."""
+    publish = distributed_checkpoints.replace_folder
+
+    def late(source: Path, target: Path) -> None:
+        time.sleep(0.2)
+        publish(source, target)
+
+    monkeypatch.setattr(distributed_checkpoints, "replace_folder", late)
+    witness = Witness(tmp_path)
+    overrides = [*tiny, FOLDERS, "trainer.max_steps=13", f"trainer.checkpoint_every_steps={interval}", "trainer.keep_checkpoints=13"]
+    train(compose(overrides), tmp_path, callbacks=[witness])
+    assert max(step - saved for step, saved in witness.left.items()) <= interval
+    regular = {step for step in range(1, 14) if step % interval == 0} | {13}
+    assert {step_of(path) for path in saved_checkpoints(tmp_path / FOLDER)} == regular
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["full", "distributed"])
-def test_a_kill_at_any_moment_loses_no_more_than_the_interval(tiny: list[str], tmp_path: Path, form: str) -> None:
-    """Saved after each step, so that most kills hit a save. Beside the interval a folder that is being written may be lost."""
-    overrides = [*tiny, "trainer.max_steps=100000", "trainer.checkpoint_every_steps=1", f"trainer.checkpoint_format={form}"]
+@pytest.mark.parametrize(("form", "interval"), [("full", 1), ("distributed", 1), ("distributed", 4)])
+def test_a_kill_at_any_moment_loses_no_more_than_the_interval(tiny: list[str], tmp_path: Path, form: str, interval: int) -> None:
+    """Saved so often that most kills hit a save."""
+    overrides = [*tiny, "trainer.max_steps=100000", f"trainer.checkpoint_every_steps={interval}", f"trainer.checkpoint_format={form}"]
     for attempt in range(3):
         run_dir = tmp_path / str(attempt)
         command = [sys.executable, "-m", "heads_lightning", "train", *overrides, f"hydra.run.dir={run_dir}"]
@@ -157,6 +191,6 @@ def test_a_kill_at_any_moment_loses_no_more_than_the_interval(tiny: list[str], t
         process.wait()
         reached = len(curve(run_dir, "train/loss"))
         newest = newest_checkpoint(run_dir)
-        assert read_checkpoint(newest)["global_step"] == step_of(newest) >= reached - (1 if form == "full" else 2)
+        assert read_checkpoint(newest)["global_step"] == step_of(newest) >= reached - interval
         train(compose([*overrides, f"trainer.max_steps={reached + 2}", f"resume={run_dir}"]), run_dir)
         assert read_checkpoint(newest_checkpoint(run_dir))["global_step"] == reached + 2

@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import lightning.pytorch as lightning
 import pytest
 import torch
 from test_training import points
@@ -44,12 +45,7 @@ def test_a_loss_that_falls_and_wobbles_is_no_spike(tmp_path: Path) -> None:
 
 
 def test_a_run_reports_its_spike_in_metrics_and_summary(tiny: list[str], tmp_path: Path) -> None:
-    """A step at a thousand times the rate breaks the model: the loss of the steps after it is a spike. Points of 5 steps hide no step."""
-
-    class Break(torch.nn.Module):
-        pass
-
-    import lightning.pytorch as lightning
+    """A head that is blown up after step 26 makes step 27 a spike. Points of 5 steps hide no step."""
 
     class BreakOnce(lightning.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
@@ -84,8 +80,6 @@ def test_the_profiler_records_the_steps_it_is_asked_for(tiny: list[str], tmp_pat
 
 
 def test_a_skipped_step_has_no_part_in_the_means(tiny: list[str], tmp_path: Path) -> None:
-    import lightning.pytorch as lightning
-
     class Poison(lightning.Callback):
         def on_train_batch_start(self, trainer, module, batch, index) -> None:
             self.handle = module.head.w_out.weight.register_hook(lambda grad: grad * (float("nan") if index == 1 else 1.0))
