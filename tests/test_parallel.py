@@ -79,6 +79,8 @@ def sharded(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs of two ranks, one for each model."""
     folder = tmp_path_factory.mktemp("sharded")
     cases = {folder / model: [*of(model, tiny), *(TENSOR if model in TENSOR_MODELS else FSDP)] for model in MODELS}
+    # nothing to compare with, but copies of a weight must stay equal (parallel_ranks.py): ranks drop the same hidden states
+    cases[folder / "dropout"] = [*of("tensor_t5", tiny), *TENSOR, "backbone.dropout=0.2"]
     cases[folder / "muon_tensor"] = [*tiny, *MUON, *TENSOR, "trainer.micro_batch_size=4"]
     for parallel in ("data", "fsdp"):
         cases[folder / f"muon_{parallel}"] = [*tiny, *FSDP, *MUON, f"trainer.parallel={parallel}"]
