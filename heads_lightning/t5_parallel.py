@@ -1,4 +1,4 @@
-"""Tensor parallelism of a T5Model that is used as a library. Runs have it by `trainer.parallel=tensor`; the weights are shared out alike."""
+"""Tensor parallelism of a T5Model that is used as a library. Runs have it by `trainer.parallel=tensor`, with weights shared out alike."""
 
 from __future__ import annotations
 

@@ -161,12 +161,16 @@ def test_the_plan_follows_the_layout(overrides: list[str]) -> None:
     """Shares of two devices; what tensor parallelism leaves whole (norms) is small. Measured: experiments/benchmarks/memory_plan.py."""
     whole = probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw").cost().memory
     made = {
-        name: probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw", "trainer.devices=2", f"trainer.parallel={name}").cost().memory
+        name: probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw", "trainer.devices=2", f"trainer.parallel={name}")
+        .cost()
+        .memory
         for name in ("data", "fsdp", "tensor")
     }
     assert made["data"] == whole
-    assert made["fsdp"].weights == whole.weights // 2 and made["fsdp"].optimizer == whole.optimizer // 2
-    assert made["fsdp"].activations == whole.activations and made["fsdp"].gathered > whole.weights
+    assert made["fsdp"].weights == whole.weights // 2
+    assert made["fsdp"].optimizer == whole.optimizer // 2
+    assert made["fsdp"].activations == whole.activations
+    assert made["fsdp"].gathered > whole.weights
     assert whole.weights / 2 < made["tensor"].weights < 0.52 * whole.weights
     assert 0.4 < made["tensor"].activations / whole.activations < 0.8
     offloaded = probes(overrides, "trainer.devices=2", "trainer.parallel=fsdp", "trainer.offload=true", "optimizer=adamw").cost().memory

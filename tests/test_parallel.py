@@ -54,7 +54,13 @@ MUON = ["objective=causal", "optimizer=muon", "optimizer.max_grad_norm=null", "t
 
 
 TENSOR = ["trainer.parallel=tensor", "trainer.devices=2", "trainer.micro_batch_size=3"]
-BERT = "backbone.norm_placement=post backbone.norm=layer_norm backbone.bias=true backbone.embedding_norm=true backbone.token_types=2".split()
+BERT = [
+    "backbone.norm_placement=post",
+    "backbone.norm=layer_norm",
+    "backbone.bias=true",
+    "backbone.embedding_norm=true",
+    "backbone.token_types=2",
+]
 TENSOR_MODELS = {
     "tensor_fim": [*MODELS["fim_middle"], "head.z_loss_multiplier=1e-2", "head.label_smoothing=0.1", "tokenizer.vocab_size=511"],
     "tensor_bert": [*MODELS["mlm"], *BERT, "backbone.position=learned", "head.tie_embeddings=true", "trainer.recompute_every=1"],

@@ -35,7 +35,9 @@ def test_a_spike_is_found_with_what_it_read(tmp_path: Path) -> None:
     spikes = watched(tmp_path, losses).spikes
     assert [spike.step for spike in spikes] == [150]  # the third step after it is part of it
     assert (spikes[0].first_sequence, spikes[0].last_sequence) == (149 * 8, 150 * 8 - 1)
-    assert spikes[0].loss == 6.0 and spikes[0].grad_norm == 7.0 and spikes[0].usual_grad_norm < 5
+    assert spikes[0].loss == 6.0
+    assert spikes[0].grad_norm == 7.0
+    assert spikes[0].usual_grad_norm < 5
     assert json.loads((tmp_path / FILE).read_text())["step"] == 150
     assert "step 150: 6.000" in str(spikes[0])
 
@@ -89,5 +91,6 @@ def test_a_skipped_step_has_no_part_in_the_means(tiny: list[str], tmp_path: Path
 
     train(compose([*tiny, "trainer.log_every_steps=4"]), tmp_path, callbacks=[Poison()])
     (point,) = [p for p in points(tmp_path) if "train/loss" in p]
-    assert math.isfinite(point["train/loss"]) and math.isfinite(point["train/grad_norm"])
+    assert math.isfinite(point["train/loss"])
+    assert math.isfinite(point["train/grad_norm"])
     assert point["train/bad_steps"] == 1

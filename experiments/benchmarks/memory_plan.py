@@ -37,7 +37,7 @@ RANKS = {
 LARGER = ["backbone.d_model=512", "backbone.num_layers=8", "backbone.num_heads=8", "optimizer=adamw", "trainer.micro_batch_size=4"]
 CASES |= {name: [*LARGER, *fields, "trainer.precision=32-true"] for name, fields in RANKS.items()}
 CASES |= {"recomputed": ["trainer.recompute_every=1"], "every second recomputed": ["trainer.recompute_every=2"]}
-SHORT = "trainer.max_steps=3 trainer.accelerator=cpu tracking=none evaluation.enabled=false trainer.val_every_steps=1000".split()
+SHORT = ["trainer.max_steps=3", "trainer.accelerator=cpu", "tracking=none", "evaluation.enabled=false", "trainer.val_every_steps=1000"]
 
 
 def live_tensors(known):

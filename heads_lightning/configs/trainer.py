@@ -76,11 +76,11 @@ class TrainerConfig(Option):
     """fsdp, hsdp, fsdp_tensor: keep weights, gradients and optimizer state in the host's memory, and update them there: a device holds a
     block at a time. Much slower; for a model that fits in no other way."""
     reshard: bool = True
-    """fsdp, hsdp, fsdp_tensor: free a block's gathered weights after the forward pass and gather them again for the backward pass. False: a third
-    less traffic for the memory of all weights."""
+    """fsdp, hsdp, fsdp_tensor: free a block's gathered weights after the forward pass and gather them again for the backward pass.
+    False: a third less traffic for the memory of all weights."""
     gather_dtype: DType = DType.float32
-    """fsdp, hsdp, fsdp_tensor: type of gathered weights. float32 gives the numbers of data parallelism; bfloat16 halves the traffic, and the residual
-    stream is bfloat16 too. Gradients are reduced, and weights kept, in float32."""
+    """fsdp, hsdp, fsdp_tensor: type of gathered weights. float32 gives the numbers of data parallelism; bfloat16 halves the traffic, and
+    the residual stream is bfloat16 too. Gradients are reduced, and weights kept, in float32."""
     precision: str = "auto"
     """auto (bf16-mixed where the processor multiplies bf16 faster than fp32, else 32-true), 32-true, bf16-mixed, bf16-true, 16-mixed."""
     compile: bool = False
@@ -173,8 +173,9 @@ class TrainerConfig(Option):
     def _check_owner(self, field: str, given: bool, owners: tuple[Parallel, ...]) -> None:
         """Refuse a field that the layout would ignore."""
         if given and self.parallel not in owners:
+            able = " or ".join(owners)
             raise ConfigError(
-                f"trainer.{field}={getattr(self, field)} belongs to trainer.parallel={' or '.join(owners)}, not {self.parallel}; leave it out"
+                f"trainer.{field}={getattr(self, field)} belongs to trainer.parallel={able}, not {self.parallel}; leave it out"
             )
 
     def _check_groups(self, field: str, size: int, what: str, single: Parallel) -> None:

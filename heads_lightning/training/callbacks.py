@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-import torch
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -137,6 +137,7 @@ def settle_gradients(module: nn.Module) -> None:
 
 
 def _settle(parameter: Tensor) -> None:
-    assert isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor)
+    assert isinstance(parameter, DTensor)
+    assert isinstance(parameter.grad, DTensor)
     if parameter.grad.placements != parameter.placements:
         parameter.grad = parameter.grad.redistribute(placements=parameter.placements)
