@@ -14,6 +14,7 @@ import pytest
 import torch
 from test_parallel import FSDP, GRADIENT, TENSOR, curve, train_ranks
 from test_training import largest_difference, weights
+from torch.utils._pytree import tree_flatten
 
 from heads_lightning.composition import compose
 from heads_lightning.experiment import load
@@ -117,7 +118,7 @@ def test_a_folder_holds_what_a_file_holds_and_nothing_is_left_over(tiny: list[st
         file, folder = (read_checkpoint(checkpoint_path(tmp_path / name, step)) for name in ("file", "folder"))
         assert file.keys() == folder.keys()
         assert largest_difference(file["state_dict"], folder["state_dict"]) == 0.0
-        first, other = (torch.utils._pytree.tree_flatten(state["optimizer_states"]) for state in (file, folder))
+        first, other = (tree_flatten(state["optimizer_states"]) for state in (file, folder))
         assert first[1] == other[1]
         assert all(
             torch.equal(torch.as_tensor(a), torch.as_tensor(b))
@@ -150,9 +151,9 @@ class Witness(lightning.Callback):
         self.run_dir = run_dir
         self.left: dict[int, int] = {}
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         saved = saved_checkpoints(self.run_dir / FOLDER)
-        self.left[index + 1] = step_of(saved[-1]) if saved else 0
+        self.left[batch_idx + 1] = step_of(saved[-1]) if saved else 0
 
 
 @pytest.mark.parametrize("interval", [1, 4, 5])

@@ -50,10 +50,10 @@ def test_a_run_reports_its_spike_in_metrics_and_summary(tiny: list[str], tmp_pat
     """A head that is blown up after step 26 makes step 27 a spike. Points of 5 steps hide no step."""
 
     class BreakOnce(lightning.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-            if index + 1 == 26:
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx + 1 == 26:
                 with torch.no_grad():
-                    module.head.w_out.weight.mul_(300.0)
+                    pl_module.head.w_out.weight.mul_(300.0)
 
     overrides = [*tiny, "objective=causal", "trainer.max_steps=30", "trainer.log_every_steps=5", "trainer.val_every_steps=30"]
     train(compose(overrides), tmp_path, callbacks=[BreakOnce()])
@@ -83,10 +83,10 @@ def test_the_profiler_records_the_steps_it_is_asked_for(tiny: list[str], tmp_pat
 
 def test_a_skipped_step_has_no_part_in_the_means(tiny: list[str], tmp_path: Path) -> None:
     class Poison(lightning.Callback):
-        def on_train_batch_start(self, trainer, module, batch, index) -> None:
-            self.handle = module.head.w_out.weight.register_hook(lambda grad: grad * (float("nan") if index == 1 else 1.0))
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            self.handle = pl_module.head.w_out.weight.register_hook(lambda grad: grad * (float("nan") if batch_idx == 1 else 1.0))
 
-        def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             self.handle.remove()
 
     train(compose([*tiny, "trainer.log_every_steps=4"]), tmp_path, callbacks=[Poison()])

@@ -87,14 +87,14 @@ def child(overrides: list[str], folder: str) -> None:
     class Measure(lightning.Callback):
         peak = 0
 
-        def on_train_batch_start(self, trainer, module, batch, index) -> None:
-            if index == 2:
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            if batch_idx == 2:
                 state = [value for entry in _states(trainer.optimizers[0]) for value in entry.values() if isinstance(value, torch.Tensor)]
-                self.mode = live_tensors([*module.parameters(), *module.buffers(), *state])
+                self.mode = live_tensors([*pl_module.parameters(), *pl_module.buffers(), *state])
                 self.mode.__enter__()
 
-        def on_train_batch_end(self, trainer, module, outputs, batch, index) -> None:
-            if index == 2:
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if batch_idx == 2:
                 self.mode.__exit__(None, None, None)
                 self.peak = self.mode.peak
 
