@@ -120,6 +120,7 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
         length_start=config.data.length_start,
         length_warmup_steps=config.data.length_warmup_steps,
         shares=config.data.shares(),
+        ranks_per_share=config.trainer.tensor_ranks,
     )
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
     load_pretrained(config, backbone, head, prepared.tokenizer, say)

@@ -9,8 +9,8 @@ step, so there is no schedule state to restore.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import lightning.pytorch as lightning
 import torch
@@ -25,6 +25,9 @@ from heads_lightning.configs.schedule import ScheduleConfig
 from heads_lightning.heads.base import Head, HeadLoss
 from heads_lightning.registry import RunError
 from heads_lightning.training.optimizers import build_optimizer
+
+if TYPE_CHECKING:
+    from heads_lightning.training.parallel import ShardedStrategy
 
 
 class TrainingStopped(RunError):
@@ -67,10 +70,13 @@ class LanguageModule(lightning.LightningModule):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
         self.bad_steps_in_a_row = 0
+        self.is_looked_at = False
+        """Whether a logged point ends with the coming step, which then also measures what costs something: the loss of each part (a pass of
+        the head without gradient) and the size of the update. Set by the metrics callback."""
+        self.update_ratio: Tensor | None = None
+        """Norm of the last measured update over that of the weights, of this rank's watched weights."""
         self.totals = Totals(len(self.parts))
         """Sums since the last logged point; the metrics callback reads and clears them."""
-        self.logs_parts = False
-        """Sum the loss of each part in this training step too: one more pass of the head, without gradient. Set by the metrics callback."""
         self._validation = Totals()
         self.statistics: list[float] = []
         """Of the head, summed over the latest validation (HeadLoss.statistics)."""
@@ -83,14 +89,36 @@ class LanguageModule(lightning.LightningModule):
 
     def configure_model(self) -> None:
         """Lay the weights out as the strategy says; called by Lightning when the processes exist, before the optimizer is made."""
+        if (strategy := self._sharded_strategy()) is not None:
+            strategy.lay_out(self, self.backbone, self.head)
+
+    def _sharded_strategy(self) -> ShardedStrategy | None:
+        """The strategy, where it is our own. (Its class takes a second to import.)"""
         strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy):
-            strategy.shard(self, self.backbone.blocks_in_order)  # pyright: ignore[reportAttributeAccessIssue] training.parallel
+        return cast("ShardedStrategy", strategy) if isinstance(strategy, ModelParallelStrategy) else None
+
+    @property
+    def data_ranks(self) -> int:
+        """Processes, or groups of those that compute a sequence together: shares that a global batch is cut into."""
+        strategy = self._sharded_strategy()
+        return self.trainer.world_size if strategy is None else strategy.config.data_ranks
+
+    def sum_over_data_ranks(self, values: list[float]) -> list[float]:
+        """Sums over all sequences of what each data rank has of its own."""
+        if self.data_ranks == 1:
+            return values
+        # fp32 on devices without fp64; counts are exact up to 2^24 there
+        total = torch.tensor(values, device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        if (strategy := self._sharded_strategy()) is not None:
+            strategy.sum_over_data_ranks(total)
+        else:
+            torch.distributed.all_reduce(total)
+        return total.tolist()
 
     def score(self, batch: Batch, *, divisor: float | None) -> HeadLoss:
         """The loss of a micro-batch (Head.loss): the one way in which a step reads the weights."""
         hidden_BSD = self.backbone(batch)
-        if self.logs_parts and self.parts and divisor is not None:
+        if self.is_looked_at and self.parts and divisor is not None:
             with torch.no_grad():
                 self.totals.add_parts(self.head.loss(hidden_BSD.detach(), batch, divisor=None), batch)
         return self.head.loss(hidden_BSD, batch, divisor=divisor)
@@ -101,19 +129,22 @@ class LanguageModule(lightning.LightningModule):
         assert not isinstance(optimizer, list)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * self.schedule.factor(batch_idx, self.total_steps)
-        targets = self._sum_over_ranks(step[0].step_targets)
-        # the strategy averages gradients over ranks: hand it world_size times this rank's share of the mean
-        divisor = max(targets, 1) / self.trainer.world_size
+        (targets,) = self.sum_over_data_ranks([step[0].step_targets])
+        # the strategy averages gradients over data ranks: hand it as many times this rank's share of the mean
+        divisor = max(targets, 1) / self.data_ranks
         for i, batch in enumerate(step):
             with self._gradients_stay_local(i + 1 < len(step)):
                 output = self.score(batch, divisor=divisor)
                 self.manual_backward(output.loss)
             self.totals.add(output, batch)
         norm = self._clip(optimizer)
-        if self._is_bad(norm, step, batch_idx):
+        if bad := self._is_bad(norm, step, batch_idx):
             optimizer.zero_grad(set_to_none=True)
-        self.totals.finish_step(norm)
+        self.totals.finish_step(norm, counts=not bad)
+        before = [weight.detach().clone() for weight in self._watched_weights()] if self.is_looked_at else []
         optimizer.step()
+        if before:
+            self.update_ratio = _change(before, self._watched_weights())
         optimizer.zero_grad(set_to_none=True)
         self.backbone.after_optimizer_step()
         self.head.after_optimizer_step()
@@ -125,12 +156,10 @@ class LanguageModule(lightning.LightningModule):
             return strategy.block_backward_sync()
         return contextlib.nullcontext()
 
-    def _sum_over_ranks(self, count: int) -> int:
-        if self.trainer.world_size == 1:
-            return count
-        total = torch.tensor(count, device=self.device, dtype=torch.int64)
-        torch.distributed.all_reduce(total)
-        return int(total)
+    def _watched_weights(self) -> list[Tensor]:
+        """This rank's matrices of the first and the last block: copying those alone is cheap."""
+        blocks = self.backbone.blocks_in_order
+        return [_own(p) for block in {id(b): b for b in (*blocks[:1], *blocks[-1:])}.values() for p in block.parameters() if p.ndim > 1]
 
     def _clip(self, optimizer: Any) -> Tensor:
         """Norm of the whole gradient before clipping, fp32 scalar."""
@@ -169,13 +198,24 @@ class LanguageModule(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Sums of all ranks, divided once."""
-        totals = self._validation.over_ranks(self.device, self.trainer.world_size)
+        totals = self._validation.over_ranks(self.sum_over_data_ranks)
         values = {"val/loss": totals.loss / max(totals.targets, 1)}
         for i, name in enumerate(self.parts):
             if totals.part_targets[i]:
                 values[f"val/loss_{name}"] = totals.part_losses[i] / totals.part_targets[i]
         self.statistics = totals.statistics
         self.log_dict(values | {f"val/{name}": value for name, value in self.head.metrics(totals.statistics).items()})
+
+
+def _own(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+@torch.no_grad()
+def _change(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    """Norm of the change over the norm of what was changed."""
+    changes = [new - old for new, old in zip(after, before, strict=True)]
+    return torch.nn.utils.get_total_norm(changes) / torch.nn.utils.get_total_norm(before).clamp(min=1e-12)
 
 
 class Totals:
@@ -189,28 +229,40 @@ class Totals:
     def clear(self) -> None:
         """Back to zero."""
         self._tensors: dict[str, Tensor] = {}
+        self.by_step: list[tuple[Tensor, int, Tensor]] = []
+        """Of each finished step: loss summed and targets on this rank, norm of the gradient."""
+        self._of_step: dict[str, Tensor] = {}
+        self._targets_of_step = 0
         self.targets = 0
         self.positions = 0
         self.padding = 0
         self.steps = 0
+        self.good_steps = 0
 
     def _accumulate(self, name: str, value: Tensor) -> None:
-        value = value.detach()
         held = self._tensors.get(name)
-        # a non-finite value of a step that is skipped must not poison the sum of the others
-        self._tensors[name] = value.double() if held is None else held + value
+        self._tensors[name] = value.detach().double() if held is None else held + value.detach()
 
     def add(self, output: HeadLoss, batch: Batch) -> None:
         """Add a training micro-batch."""
         for name, value in output.sums.items():
-            self._accumulate(name, value)
-        self.targets += batch.counted
+            held = self._of_step.get(name)
+            self._of_step[name] = value.detach().double() if held is None else held + value.detach()
+        self._targets_of_step += batch.counted
         self.positions += batch.tokens_BS.numel()
         self.padding += batch.num_padding
 
-    def finish_step(self, norm: Tensor) -> None:
-        """Count an optimizer step with this gradient norm."""
-        self._accumulate("grad_norm", norm)
+    def finish_step(self, norm: Tensor, *, counts: bool = True) -> None:
+        """Count an optimizer step with this gradient norm. One that is skipped (not `counts`) has no part in the means."""
+        if counts:
+            for name, value in self._of_step.items():
+                self._accumulate(name, value)
+            self._accumulate("grad_norm", norm)
+            self.targets += self._targets_of_step
+            self.good_steps += 1
+        if "loss" in self._of_step:
+            self.by_step.append((self._of_step["loss"], self._targets_of_step, norm))
+        self._of_step, self._targets_of_step = {}, 0
         self.steps += 1
 
     def add_tokens(self, output: HeadLoss, batch: Batch) -> None:
@@ -241,19 +293,15 @@ class Totals:
         targets = [sums.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
         return {f"loss_{name}": sums[f"part_loss_{i}"] / targets[i] for i, name in enumerate(names) if targets[i]}
 
-    def over_ranks(self, device: torch.device, world_size: int) -> Sums:
-        """Sums over all ranks."""
+    def over_ranks(self, total: Callable[[list[float]], list[float]]) -> Sums:
+        """Sums over all ranks. `total` sums a list of numbers over them."""
         values = self.read()
         flat = [values.get("loss", 0.0), float(self.targets)]
         flat += [values.get(f"part_loss_{i}", 0.0) for i in range(self.num_parts)]
         flat += [values.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
         # a rank without a batch has none
         flat += self._tensors["statistics"].tolist() if "statistics" in self._tensors else [0.0] * self.num_statistics
-        if world_size > 1:
-            # fp32 on devices without fp64; the counts are exact up to 2^24 targets a rank
-            total = torch.tensor(flat, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
-            torch.distributed.all_reduce(total)
-            flat = total.tolist()
+        flat = total(flat)
         k = self.num_parts
         return Sums(flat[0], int(flat[1]), flat[2 : 2 + k], flat[2 + k : 2 + 2 * k], flat[2 + 2 * k :])
 

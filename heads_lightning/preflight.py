@@ -176,7 +176,7 @@ class Probes:
         made = self.cost()
         parameters, memory = sum(made.parameters.values()), made.memory
         parts = ", ".join(f"{name.removeprefix('backbone.')} {_count(number)}" for name, number in made.parameters.items())
-        bytes_ = ", ".join(f"{name} {_size(number)}" for name, number in memory._asdict().items())
+        bytes_ = ", ".join(f"{name} {_size(number)}" for name, number in memory._asdict().items() if number)
         hours = ", ".join(
             f"{name} {_time(made.seconds(peak * MFU * self.config.trainer.world_size))}" for name, peak in PEAKS.items()
         )  # fmt: skip

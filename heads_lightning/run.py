@@ -29,6 +29,7 @@ from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, load, tokenizer_files
+from heads_lightning.heads.base import LMHead
 from heads_lightning.heads.value import ValueHead
 from heads_lightning.html_report import write_report
 from heads_lightning.losses.value import ValueStatistics
@@ -39,8 +40,11 @@ from heads_lightning.training.agreement import SameConfig, settled_precision
 from heads_lightning.training.averaging import WeightAverage
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
+from heads_lightning.training.profiling import ProfileCallback
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.saving import CheckpointCallback
+from heads_lightning.training.spikes import SpikeWatch
+from heads_lightning.training.system_metrics import peak_flops
 from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
 from heads_lightning.training.trainer import build_trainer
 
@@ -111,6 +115,7 @@ def _fit(
 ) -> Result:
     config = experiment.config
     tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
+    watch = SpikeWatch(run_dir, config.trainer.global_batch_size, lambda message: console.print(message, style="yellow"))
     metrics = MetricsCallback(
         lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
         flush=log.flush,
@@ -119,6 +124,9 @@ def _fit(
         tokens_per_step=tokens_per_step,
         counters=experiment.objective.counters,
         warn=lambda message: console.print(message, style="yellow"),
+        spikes=watch,
+        flops_per_second=peak_flops(config.trainer.world_size),
+        flops_per_step=_flops_per_token(experiment) * tokens_per_step,
     )
     checkpoints = CheckpointCallback(
         run_dir,
@@ -130,17 +138,32 @@ def _fit(
     callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
     if config.optimizer.average_decay is not None:
         callbacks.insert(1, WeightAverage(config.optimizer.average_decay))  # before what saves it
+    if config.trainer.profile_step is not None:
+        callbacks.append(ProfileCallback(run_dir, config.trainer.profile_step, lambda message: console.print(message, highlight=False)))
     if config.trainer.progress_bar:
         callbacks.insert(1, ProgressCallback(metrics, console))
     _quiet_lightning()
-    # dropout draws from the global generators; ranks must not drop the same units
-    torch.manual_seed(config.seed * 1_000_003 + int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))))
+    torch.manual_seed(config.seed * 1_000_003 + _dropout_rank(config))
     trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
     _say_what_runs(experiment, console, trainer)
     trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))
     if trainer.num_training_batches % config.trainer.val_every_steps:
         trainer.validate(experiment.module, datamodule=experiment.datamodule, verbose=False)
     return _conclude(experiment, run_dir, log, console, metrics, checkpoints, trainer)
+
+
+def _dropout_rank(config: ExperimentConfig) -> int:
+    """Number of this rank among those that draw apart. Dropout draws from the global generators: ranks must not drop the same units, but
+    ranks that compute the same hidden states must."""
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    return rank if config.backbone.shares_positions else rank // config.trainer.tensor_ranks
+
+
+def _flops_per_token(experiment: Experiment) -> float:
+    """Of the model, forward and backward, as `check` counts them, with a target at every position at most."""
+    head, length = experiment.module.head, experiment.config.data.sequence_length
+    of_head = head.num_flops_per_token(length) if isinstance(head, LMHead) else 0.0
+    return experiment.config.backbone.num_flops_per_token(length) + of_head
 
 
 def _resume_path(config: ExperimentConfig) -> Path | None:
@@ -192,6 +215,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     # the position in the data is the data module's, not the loader's
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    # what validation logs are sums over all ranks already
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # one process makes batches faster than workers could hand them over (see data.datamodule)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # a login node has srun, and a run started by hand there is meant to run there
@@ -251,6 +276,7 @@ def _conclude(
         samples=samples,
         metrics=metrics.latest,
         seconds=metrics.seconds_in_steps,
+        spikes=[str(spike) for spike in metrics.spikes.spikes] if metrics.spikes else [],
         ui_command=log.ui_command(),
     )
     (run_dir / "summary.txt").write_text(text)

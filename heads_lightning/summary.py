@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ if TYPE_CHECKING:
     from heads_lightning.scoring import Sample
 
 
+MOST_SPIKES = 5
+"""That the page names."""
+
+
 def summary_text(
     config: ExperimentConfig,
     *,
@@ -22,9 +27,10 @@ def summary_text(
     metrics: dict[str, float],
     seconds: float,
     ui_command: str | None,
+    spikes: Sequence[str] = (),
 ) -> str:
     """The page as plain text."""
-    blocks = [_training(metrics, seconds, config.objective.predicts), values_text(config, metrics)]
+    blocks = [_training(metrics, seconds, config.objective.predicts), _spikes(spikes), values_text(config, metrics)]
     if report is not None:
         blocks.append(report_text(report, samples))
     blocks.append(_next_steps(config, run_dir, ui_command, report))
@@ -48,6 +54,13 @@ def _training(metrics: dict[str, float], seconds: float, predicts: str) -> str:
     speed = metrics.get("speed/tokens_per_second")
     rows.append(("time", f"{seconds:.0f} s of steps" + (f", {speed:,.0f} positions/s at the end" if speed else "")))
     return _table("Training", rows)
+
+
+def _spikes(spikes: Sequence[str]) -> str:
+    if not spikes:
+        return ""
+    more = [f"  and {len(spikes) - MOST_SPIKES} more in spikes.jsonl"] if len(spikes) > MOST_SPIKES else []
+    return "\n".join(["Loss spikes", *(f"  {spike}" for spike in spikes[:MOST_SPIKES]), *more])
 
 
 def values_text(config: ExperimentConfig, metrics: dict[str, float]) -> str:

@@ -1,10 +1,8 @@
-"""Tensor parallelism of T5: which weights are split how, as PyTorch's DTensor styles."""
+"""Tensor parallelism of a T5Model that is used as a library. Runs have it by `trainer.parallel=tensor`, with weights shared out alike."""
 
 from __future__ import annotations
 
 from typing import Any
-
-from torch import nn
 
 from heads_lightning.registry import ConfigError
 from heads_lightning.t5_model import T5Model
@@ -17,29 +15,13 @@ def parallelize(model: T5Model, mesh: Any) -> T5Model:
     Raises:
         ConfigError: heads or feed-forward columns do not divide by the ranks.
     """
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from heads_lightning.training.tensor_parallel import parallelize_backbone, parallelize_head
 
-    ranks, config = mesh.size(), model.config
-    for field, value in (
-        ("num_heads", config.num_heads),
-        ("feed_forward_dim", config.ff_dim),
-        ("decoder_feed_forward_dim", config.decoder_ff_dim),
-    ):
+    ranks = mesh.size()
+    for field, value in model.config.tensor_sizes().items():
         if value % ranks:
             raise ConfigError(f"backbone.{field}={value} cannot be shared by {ranks} ranks; use a multiple of {ranks}")
-    plan: dict[str, Any] = {}
-    for name, module in model.backbone.named_modules():
-        last = name.rsplit(".", 1)[-1]
-        if last in ("query", "key", "value", "gate", "up", "relative_bias") and module is not None:
-            plan[name] = ColwiseParallel()
-        elif last in ("output", "down"):
-            plan[name] = RowwiseParallel()
-    if model.backbone.embedding is not None:
-        plan["embedding"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
-    parallelize_module(model.backbone, mesh, plan)
-    for name in ("weight", "bias"):
-        parameter = None if model.head is None else getattr(model.head.w_out, name)
-        if parameter is not None:
-            setattr(model.head.w_out, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))  # pyright: ignore
+    parallelize_backbone(model.backbone, mesh)
+    if model.head is not None:
+        parallelize_head(model.head, mesh)
     return model

@@ -6,9 +6,31 @@ import json
 import sys
 from pathlib import Path
 
+import lightning.pytorch as lightning
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
 from heads_lightning.composition import compose
 from heads_lightning.run import train
 
+
+class CopiesAreEqual(lightning.Callback):
+    """After training, ranks that hold the same part of a weight hold the same numbers, to the bit: a checkpoint shows one rank's alone."""
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if not isinstance(parameter, DTensor):
+                continue
+            for dim, placement in enumerate(parameter.placements):
+                if placement.is_replicate():
+                    own = parameter.to_local().detach()
+                    most, least = own.clone(), own.clone()
+                    dist.all_reduce(most, dist.ReduceOp.MAX, group=parameter.device_mesh.get_group(dim))
+                    dist.all_reduce(least, dist.ReduceOp.MIN, group=parameter.device_mesh.get_group(dim))
+                    assert torch.equal(most, least), f"copies of {name} differ by {float((most - least).max())}"
+
+
 if __name__ == "__main__":
     for folder, overrides in json.loads(Path(sys.argv[1]).read_text()).items():
-        train(compose(overrides), Path(folder))
+        train(compose(overrides), Path(folder), callbacks=[CopiesAreEqual()])

@@ -157,6 +157,35 @@ def test_the_plan_of_activations_is_what_autograd_keeps(overrides: list[str]) ->
     assert planned == pytest.approx(held, rel=0.02)
 
 
+def test_the_plan_follows_the_layout(overrides: list[str]) -> None:
+    """Shares of two devices; what tensor parallelism leaves whole (norms) is small. Measured: experiments/benchmarks/memory_plan.py."""
+    whole = probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw").cost().memory
+    made = {
+        name: probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw", "trainer.devices=2", f"trainer.parallel={name}")
+        .cost()
+        .memory
+        for name in ("data", "fsdp", "tensor")
+    }
+    assert made["data"] == whole
+    assert made["fsdp"].weights == whole.weights // 2
+    assert made["fsdp"].optimizer == whole.optimizer // 2
+    assert made["fsdp"].activations == whole.activations
+    assert made["fsdp"].gathered > whole.weights
+    assert whole.weights / 2 < made["tensor"].weights < 0.52 * whole.weights
+    assert 0.4 < made["tensor"].activations / whole.activations < 0.8
+    offloaded = probes(overrides, "trainer.devices=2", "trainer.parallel=fsdp", "trainer.offload=true", "optimizer=adamw").cost().memory
+    assert offloaded.host == 2 * made["fsdp"].weights + made["fsdp"].optimizer
+    assert offloaded.total == offloaded.gathered + offloaded.activations + offloaded.loss
+
+
+def test_the_plan_of_recomputation_is_its_blocks_inputs_and_one_block(overrides: list[str]) -> None:
+    plain, every, second = (probes(overrides, f"trainer.recompute_every={n}").cost() for n in (0, 1, 2))
+    assert every.memory.activations < second.memory.activations < plain.memory.activations
+    assert plain.memory.recomputed == 0 < every.memory.recomputed < plain.memory.activations
+    assert plain.flops == every.flops
+    assert every.seconds(1.0) > second.seconds(1.0) > plain.seconds(1.0) == plain.flops
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import lightning.pytorch as lightning
 import pytest
 import torch
-from test_parallel import FSDP, GRADIENT, curve, train_ranks
+from test_parallel import FSDP, GRADIENT, TENSOR, curve, train_ranks
 from test_training import largest_difference, weights
+from torch.utils._pytree import tree_flatten
 
 from heads_lightning.composition import compose
 from heads_lightning.experiment import load
 from heads_lightning.registry import RunError
 from heads_lightning.run import train
+from heads_lightning.training import distributed_checkpoints
 from heads_lightning.training.checkpoints import FOLDER, checkpoint_path, newest_checkpoint, read_checkpoint, saved_checkpoints, step_of
 
 FOLDERS = "trainer.checkpoint_format=distributed"
@@ -27,8 +30,15 @@ DATA = [*FSDP, "trainer.micro_batch_size=2", "trainer.parallel=data"]
 SHARDED = [*FSDP, "trainer.micro_batch_size=2"]
 
 
-def after_three(run_dir: Path) -> str:
-    return f"resume={checkpoint_path(run_dir, 3)}"
+LAYOUTS = ["exact_fsdp", "full_fsdp", "tensor"]
+MOVES = [
+    *[("one", "fsdp"), ("fsdp", "data"), ("fsdp", "one")],
+    *[("tensor", "fsdp"), ("fsdp", "tensor"), ("one", "tensor"), ("tensor", "one")],
+]
+
+
+def after(step: int, run_dir: Path) -> str:
+    return f"resume={checkpoint_path(run_dir, step)}"
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +50,29 @@ def runs(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_ranks(
         {
             folder / "data": [*tiny, *DROPOUT, *DATA],
-            folder / "data_resumed": [*tiny, *DROPOUT, *DATA, after_three(folder / "data")],
+            folder / "data_resumed": [*tiny, *DROPOUT, *DATA, after(3, folder / "data")],
             folder / "fsdp": [*tiny, *DROPOUT, *SHARDED, FOLDERS],
-            folder / "fsdp_resumed": [*tiny, *DROPOUT, *SHARDED, FOLDERS, after_three(folder / "fsdp")],
+            folder / "fsdp_resumed": [*tiny, *DROPOUT, *SHARDED, FOLDERS, after(3, folder / "fsdp")],
             folder / "exact_fsdp": [*exact, *SHARDED, FOLDERS],
             folder / "full_fsdp": [*exact, *SHARDED],
-            folder / "one_to_fsdp": [*exact, *SHARDED, after_three(folder / "one")],
-            folder / "fsdp_to_data": [*exact, *DATA, FOLDERS, after_three(folder / "full_fsdp")],
+            folder / "one_to_fsdp": [*exact, *SHARDED, after(3, folder / "one")],
+            folder / "fsdp_to_data": [*exact, *DATA, FOLDERS, after(3, folder / "full_fsdp")],
+            folder / "tensor": [*exact, *TENSOR, FOLDERS],
+            folder / "tensor_to_fsdp": [*exact, *SHARDED, after(3, folder / "tensor")],
+            folder / "fsdp_to_tensor": [*exact, *TENSOR, after(3, folder / "exact_fsdp")],
+            folder / "one_to_tensor": [*exact, *TENSOR, after(3, folder / "one")],
+            folder / "data_to_tensor": [*exact, *TENSOR, "trainer.max_steps=7", after(6, folder / "fsdp_to_data")],
             folder / "data_to_fsdp": [
                 *exact,
                 *SHARDED,
                 FOLDERS,
                 "trainer.max_steps=7",
-                after_three(folder / "fsdp_to_data").replace("3", "6"),
+                after(6, folder / "fsdp_to_data"),
             ],
         }
     )
-    train(compose([*exact, after_three(folder / "exact_fsdp")]), folder / "fsdp_to_one")
+    train(compose([*exact, after(3, folder / "exact_fsdp")]), folder / "fsdp_to_one")
+    train(compose([*exact, after(3, folder / "tensor")]), folder / "tensor_to_one")
     return folder
 
 
@@ -75,7 +91,7 @@ def test_each_rank_draws_its_own_dropout_and_saves_how(runs: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("other", ["exact_fsdp", "full_fsdp", "one_to_fsdp", "fsdp_to_data", "fsdp_to_one"])
+@pytest.mark.parametrize("other", [*LAYOUTS, *(f"{a}_to_{b}" for a, b in MOVES)])
 def test_a_run_goes_on_in_another_layout_from_either_format(runs: Path, other: str) -> None:
     assert largest_difference(weights(runs / "one"), weights(runs / other)) < 1e-6
     averages = [dict(read_checkpoint(newest_checkpoint(runs / name))["average"]) for name in ("one", other)]
@@ -102,7 +118,7 @@ def test_a_folder_holds_what_a_file_holds_and_nothing_is_left_over(tiny: list[st
         file, folder = (read_checkpoint(checkpoint_path(tmp_path / name, step)) for name in ("file", "folder"))
         assert file.keys() == folder.keys()
         assert largest_difference(file["state_dict"], folder["state_dict"]) == 0.0
-        first, other = (torch.utils._pytree.tree_flatten(state["optimizer_states"]) for state in (file, folder))
+        first, other = (tree_flatten(state["optimizer_states"]) for state in (file, folder))
         assert first[1] == other[1]
         assert all(
             torch.equal(torch.as_tensor(a), torch.as_tensor(b))
@@ -128,11 +144,43 @@ def test_a_metric_that_is_not_reported_is_named_with_those_that_are(tiny: list[s
         train(compose([*tiny, "trainer.keep_best=1", "trainer.keep_best_metric=val/los"]), tmp_path)
 
 
+class Witness(lightning.Callback):
+    """After every step, what a kill would leave."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.left: dict[int, int] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        saved = saved_checkpoints(self.run_dir / FOLDER)
+        self.left[batch_idx + 1] = step_of(saved[-1]) if saved else 0
+
+
+@pytest.mark.parametrize("interval", [1, 4, 5])
+def test_no_step_is_further_than_the_interval_from_a_complete_checkpoint(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int
+) -> None:
+    """On a disk so slow that a folder is complete only when it is waited for."""
+    publish = distributed_checkpoints.replace_folder
+
+    def late(source: Path, target: Path) -> None:
+        time.sleep(0.2)
+        publish(source, target)
+
+    monkeypatch.setattr(distributed_checkpoints, "replace_folder", late)
+    witness = Witness(tmp_path)
+    overrides = [*tiny, FOLDERS, "trainer.max_steps=13", f"trainer.checkpoint_every_steps={interval}", "trainer.keep_checkpoints=13"]
+    train(compose(overrides), tmp_path, callbacks=[witness])
+    assert max(step - saved for step, saved in witness.left.items()) <= interval
+    regular = {step for step in range(1, 14) if step % interval == 0} | {13}
+    assert {step_of(path) for path in saved_checkpoints(tmp_path / FOLDER)} == regular
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["full", "distributed"])
-def test_a_kill_at_any_moment_loses_no_more_than_the_interval(tiny: list[str], tmp_path: Path, form: str) -> None:
-    """Saved after each step, so that most kills hit a save. Beside the interval a folder that is being written may be lost."""
-    overrides = [*tiny, "trainer.max_steps=100000", "trainer.checkpoint_every_steps=1", f"trainer.checkpoint_format={form}"]
+@pytest.mark.parametrize(("form", "interval"), [("full", 1), ("distributed", 1), ("distributed", 4)])
+def test_a_kill_at_any_moment_loses_no_more_than_the_interval(tiny: list[str], tmp_path: Path, form: str, interval: int) -> None:
+    """Saved so often that most kills hit a save."""
+    overrides = [*tiny, "trainer.max_steps=100000", f"trainer.checkpoint_every_steps={interval}", f"trainer.checkpoint_format={form}"]
     for attempt in range(3):
         run_dir = tmp_path / str(attempt)
         command = [sys.executable, "-m", "heads_lightning", "train", *overrides, f"hydra.run.dir={run_dir}"]
@@ -144,6 +192,6 @@ def test_a_kill_at_any_moment_loses_no_more_than_the_interval(tiny: list[str], t
         process.wait()
         reached = len(curve(run_dir, "train/loss"))
         newest = newest_checkpoint(run_dir)
-        assert read_checkpoint(newest)["global_step"] == step_of(newest) >= reached - (1 if form == "full" else 2)
+        assert read_checkpoint(newest)["global_step"] == step_of(newest) >= reached - interval
         train(compose([*overrides, f"trainer.max_steps={reached + 2}", f"resume={run_dir}"]), run_dir)
         assert read_checkpoint(newest_checkpoint(run_dir))["global_step"] == reached + 2

@@ -24,9 +24,14 @@ EXPERIMENT = [
     "trainer.checkpoint_every_steps=100", "trainer.global_batch_size=16", "trainer.micro_batch_size=8", "tracking=none",
     "evaluation.enabled=false",
 ]  # fmt: skip
-LAYOUTS = {"one process": (1, []), "data, 2": (2, ["trainer.parallel=data"]), "fsdp, 2": (2, ["trainer.parallel=fsdp"])}
+LAYOUTS = {
+    "one process": (1, []),
+    "data, 2": (2, ["trainer.parallel=data"]),
+    "fsdp, 2": (2, ["trainer.parallel=fsdp"]),
+    "tensor, 2": (2, ["trainer.parallel=tensor"]),
+}
 
-TURNS = 1
+TURNS = 3
 """Runs of each layout, in turn."""
 
 
@@ -94,17 +99,23 @@ class Cost(NamedTuple):
 
 def cost(model: Model, devices: int, layout: str) -> Cost:
     """Memory and traffic of AdamW in fp32 (weight, gradient, two moments: 16 bytes), bf16 gathers, recomputed blocks."""
-    shards = {"data": 1, "fsdp": devices, "hsdp": min(NODE, devices)}[layout]
-    kept = 16 * model.parameters / shards
+    together = NODE if layout == "fsdp_tensor" else 1  # devices that compute a sequence
+    shards = {"data": 1, "fsdp": devices, "hsdp": min(NODE, devices), "fsdp_tensor": devices // together}[layout]
+    held = model.parameters / together
+    kept = 16 * held / shards
     activations = 2 * TOKENS * model.width * (model.layers + 34)  # an input a block, and one block's own
-    gathered = 0 if shards == 1 else 2 * (2 * model.block + model.ends) + 4 * (model.block + model.ends)  # two blocks ahead; fp32 gradients
-    inside = BETWEEN if shards > NODE else INSIDE
+    # two blocks ahead; fp32 gradients
+    gathered = 0 if shards == 1 else (2 * (2 * model.block + model.ends) + 4 * (model.block + model.ends)) / together
     seconds = 0.0
     if shards > 1:  # blocks are gathered for both passes, the ends once; gradients are reduced in fp32
-        seconds += (4 * model.layers * model.block + 2 * model.ends + 4 * model.parameters) * (shards - 1) / shards / inside
-    copies = devices // shards
+        moved = (4 * model.layers * model.block + 2 * model.ends) / together + 4 * held
+        seconds += moved * (shards - 1) / shards / (BETWEEN if shards * together > NODE else INSIDE)
+    copies = devices // shards // together
     if copies > 1:  # all-reduce: twice the fp32 gradients that a device holds
-        seconds += 2 * 4 * model.parameters / shards * (copies - 1) / copies / (BETWEEN if devices > NODE else INSIDE)
+        seconds += 2 * 4 * held / shards * (copies - 1) / copies / (BETWEEN if devices > NODE else INSIDE)
+    if together > 1:  # each branch gathers the positions and scatters its sums, in bf16: forward, again, and backward
+        positions = together * TOKENS
+        seconds += 3 * 4 * model.layers * 2 * positions * model.width * (together - 1) / together / INSIDE
     return Cost((kept + activations + gathered) / 1e9, seconds)
 
 
@@ -114,9 +125,9 @@ def plan() -> None:
     for model in MODELS:
         compute = 8 * model.parameters * TOKENS / FLOPS  # 6, and 2 for running blocks again
         for devices in (8, 64, 1024):
-            for layout in ("data", "fsdp", "hsdp"):
-                if layout == "hsdp" and devices == NODE:
-                    continue  # one copy: that is fsdp
+            for layout in ("data", "fsdp", "hsdp", "fsdp_tensor"):
+                if layout in ("hsdp", "fsdp_tensor") and devices == NODE:
+                    continue  # one copy: that is fsdp; one group: that is tensor
                 found = cost(model, devices, layout)
                 numbers = f"{found.gigabytes:,.0f} | {found.traffic_seconds:.3f} | {compute:.3f} | {found.traffic_seconds / compute:.1f}"
                 print(f"| {model.name} | {devices} | {layout} | {numbers} |")

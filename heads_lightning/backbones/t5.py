@@ -7,13 +7,13 @@ published variants are values in configs/t5.py, not classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from heads_lightning.backbones.base import Backbone, Cache
+from heads_lightning.backbones.base import Backbone, Cache, TensorRole
 from heads_lightning.backbones.layers import ACTIVATIONS, KeyValueCache, compute_dtype, make_norm, rotary_tables
 from heads_lightning.backbones.masks import AttentionMask, t5_position_ids
 from heads_lightning.backbones.t5_attention import Attention, RelativeBias, Sight, make_sight
@@ -107,19 +107,30 @@ class DecoderBlock(nn.Module):
         h_BSD: Tensor,
         sight: Sight,
         cross: Sight,
-        memory: tuple[Tensor, Tensor],
+        memory_BTD: Tensor | None,
         dtype: torch.dtype,
-        cache: KeyValueCache | None,
+        cache: T5Cache | None,
         place: int,
     ) -> Tensor:
-        """[B, S, D] to [B, S, D]. `memory`: keys and values of the encoder's states; `place`: of this block in the cache."""
+        """[B, S, D] to [B, S, D]. `memory_BTD`: the encoder's states, None once the cache has read them; `place`: of this block in it."""
         x_BSD = self.attention_norm(h_BSD).to(dtype)
         k_BHSE, v_BHSE = self.attention.keys_values(x_BSD, sight.rotary)
         if cache is not None:
-            k_BHSE, v_BHSE = cache.extend(place, k_BHSE, v_BHSE)
+            k_BHSE, v_BHSE = cache.own.extend(place, k_BHSE, v_BHSE)
         h_BSD = h_BSD + self.dropout(self.attention(x_BSD, k_BHSE, v_BHSE, sight))
+        memory = self._memory(memory_BTD, dtype, cache, place)
         h_BSD = h_BSD + self.dropout(self.cross_attention(self.cross_attention_norm(h_BSD).to(dtype), *memory, cross))
         return h_BSD + self.dropout(self.feed_forward(self.feed_forward_norm(h_BSD).to(dtype)))
+
+    def _memory(self, memory_BTD: Tensor | None, dtype: torch.dtype, cache: T5Cache | None, place: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the encoder's states: made once, then the cache's."""
+        if memory_BTD is None:
+            assert cache is not None
+            return cache.cross[place]
+        made = self.cross_attention.keys_values(memory_BTD.to(dtype))
+        if cache is not None:
+            cache.cross.append(made)
+        return made
 
 
 def _norm(config: T5Config) -> nn.Module:
@@ -193,6 +204,11 @@ class T5(Backbone):
     """
 
     supports: ClassVar[frozenset[AttentionKind]] = T5Config.supports
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "embedding": TensorRole.vocabulary,
+        **dict.fromkeys(("*.query", "*.key", "*.value", "*.gate", "*.up", "*.relative_bias"), TensorRole.columns),
+        **dict.fromkeys(("*.output", "*.down"), TensorRole.rows),
+    }
 
     def __init__(self, config: T5Config, *, vocab_size: int, init_device: torch.device | str = "cpu", part: T5Part | None = None) -> None:
         super().__init__()
@@ -328,24 +344,10 @@ class T5(Backbone):
         sight = self.decoder.sight(mask, positions_BS, queries=size, keys=old + size, like=like, causal=True)
         cross = make_sight(cross_mask, relative_1HST=None, dtype=dtype)
         for place, block in enumerate(self.decoder):
-            assert isinstance(block, DecoderBlock)
-            memory = self._memory(block, place, memory_BTD, dtype, cache)
-            h_BSD = block(h_BSD, sight, cross, memory, dtype, None if cache is None else cache.own, place)
+            h_BSD = block(h_BSD, sight, cross, memory_BTD, dtype, cache, place)
         if cache is not None:
             cache.own.advance(size)
         return self.decoder.finish(h_BSD)
-
-    def _memory(
-        self, block: DecoderBlock, place: int, memory_BTD: Tensor | None, dtype: torch.dtype, cache: T5Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values of the encoder's states for a block: made once, then the cache's."""
-        if memory_BTD is None:
-            assert cache is not None
-            return cache.cross[place]
-        made = block.cross_attention.keys_values(memory_BTD.to(dtype))
-        if cache is not None:
-            cache.cross.append(made)
-        return made
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ type, and each branch converts its input to the type of matrix products once.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from heads_lightning.backbones.base import Backbone, Cache
+from heads_lightning.backbones.base import Backbone, Cache, TensorRole
 from heads_lightning.backbones.layers import (
     GatedFeedForward,
     KeyValueCache,
@@ -92,6 +93,18 @@ class Transformer(Backbone):
     """
 
     supports: ClassVar[frozenset[Attention]] = TransformerConfig.supports
+    tensor_roles: ClassVar[Mapping[str, TensorRole]] = {
+        "embedding": TensorRole.vocabulary,
+        "*.query_norm": TensorRole.heads,
+        "*.key_norm": TensorRole.heads,
+        "*norm": TensorRole.positions,
+        "positions": TensorRole.positions,
+        "token_types": TensorRole.positions,
+        "*.attention": TensorRole.reads_all,
+        "*.feed_forward": TensorRole.reads_all,
+        **dict.fromkeys(("*.query", "*.key", "*.value", "*.gate", "*.up"), TensorRole.columns),
+        **dict.fromkeys(("*.output", "*.down"), TensorRole.rows),
+    }
 
     def __init__(self, config: TransformerConfig, *, vocab_size: int, init_device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -139,7 +152,7 @@ class Transformer(Backbone):
         if self.config.embedding_scale != 1:
             h_BSD = h_BSD * self.config.embedding_scale
         if self.token_types is not None:
-            h_BSD = h_BSD + self.token_types.weight[0]
+            h_BSD = h_BSD + self.token_types(torch.zeros_like(reading.positions))
         if self.positions is not None:
             h_BSD = h_BSD + self.positions(reading.positions)
         return self.dropout(self.embedding_norm(h_BSD))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from heads_lightning.configs.backbone import backbones
+from heads_lightning.configs.backbone import BackboneConfig, backbones
 from heads_lightning.configs.base import DType
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMLossImplementation, heads
@@ -43,6 +43,7 @@ def problems(config: ExperimentConfig) -> Iterator[str]:
     yield from _vocabulary(config)
     yield from _lengths(config)
     yield from _presets(config)
+    yield from _tensor(config)
     yield from _run(config)
 
 
@@ -161,6 +162,28 @@ def _presets(config: ExperimentConfig) -> Iterator[str]:
             f"backbone.preset={backbone.preset} and head.preset={head.preset} are of different models; set head.preset={backbone.preset} "
             f"(each choice of a preset is also a field of its own)"
         )
+
+
+def _tensor(config: ExperimentConfig) -> Iterator[str]:
+    """What devices that compute a sequence together share out must be shared out evenly."""
+    trainer, backbone, head = config.trainer, config.backbone, config.head
+    ranks, layout = trainer.tensor_ranks, f"trainer.parallel={trainer.parallel}"
+    if ranks == 1:
+        return
+    sizes = backbone.tensor_sizes()
+    if not sizes:
+        able = [name for name, cls in backbones.items() if cls.tensor_sizes is not BackboneConfig.tensor_sizes]
+        yield f"{layout} shards the matrices of backbone={' or '.join(able)}, not of backbone={backbone.name}; use trainer.parallel=fsdp"
+    if isinstance(head, ValueHeadConfig):
+        yield f"{layout} shards a head over the vocabulary, which head=value does not have; use trainer.parallel=fsdp"
+    if problem := backbone.tensor_problem():
+        yield f"{layout}: {problem}, or trainer.parallel=fsdp"
+    shared = {f"backbone.{field}": size for field, size in sizes.items()}
+    if backbone.shares_positions:
+        shared |= {"data.sequence_length": config.data.sequence_length, "data.length_start": config.data.length_start or ranks}
+    for field, size in shared.items():
+        if size % ranks:
+            yield f"{field}={size} cannot be shared evenly by the {ranks} devices of {layout}; use a multiple of {ranks}"
 
 
 def _run(config: ExperimentConfig) -> Iterator[str]:

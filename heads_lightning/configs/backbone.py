@@ -36,6 +36,8 @@ class BackboneConfig(Option):
     group: ClassVar[str] = "backbone"
     supports: ClassVar[frozenset[Attention]] = frozenset()
     """Attention kinds that it can give; an objective that needs another is refused while composing."""
+    shares_positions: ClassVar[bool] = False
+    """Under tensor parallelism, a device works on some of the positions wherever it does not on some of the heads or columns."""
     builds_another: ClassVar[bool] = False
     """True: the option takes its config from a checkpoint, and is no architecture of its own."""
     boundless_position: ClassVar[str] = "rotary"
@@ -57,6 +59,14 @@ class BackboneConfig(Option):
     def fields_for(cls, attention: Attention) -> dict[str, Any]:
         """Fields, and their values, that make this option give `attention`; empty where none matters."""
         return {}
+
+    def tensor_sizes(self) -> dict[str, int]:
+        """What tensor parallelism (trainer.parallel=tensor) shares out evenly: sizes by field. Empty: it does not know this backbone."""
+        return {}
+
+    def tensor_problem(self) -> str | None:
+        """A choice of this config that tensor parallelism cannot compute, and what to set instead."""
+        return None
 
     def build(self, *, vocab_size: int, init_device: torch.device | str = "cpu") -> Any:
         """The module (heads_lightning.backbones.base.Backbone)."""
@@ -102,6 +112,7 @@ class TransformerConfig(BackboneConfig):
     """
 
     supports: ClassVar[frozenset[Attention]] = _ANY
+    shares_positions: ClassVar[bool] = True
 
     name: str = "transformer"
     d_model: int = 256
@@ -186,6 +197,14 @@ class TransformerConfig(BackboneConfig):
             raise ConfigError(
                 f"backbone.local_attention.global_layers names {beyond}, but backbone.num_layers={self.num_layers}; layers count from 0"
             )
+
+    def tensor_sizes(self) -> dict[str, int]:
+        return {"num_heads": self.num_heads, "num_kv_heads": self.kv_heads, "feed_forward_dim": self.ff_dim}
+
+    def tensor_problem(self) -> str | None:
+        if self.qk_norm and self.qk_norm_width == QKNormWidth.full:
+            return "backbone.qk_norm_width=full norms the heads of all devices together; use backbone.qk_norm_width=head"
+        return None
 
     @property
     def kv_heads(self) -> int:

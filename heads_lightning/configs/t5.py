@@ -160,6 +160,9 @@ class T5Config(BackboneConfig):
                 f"is {self.rotary_dim}; set backbone.head_dim or backbone.rotary_percent=1.0"
             )
 
+    def tensor_sizes(self) -> dict[str, int]:
+        return {"num_heads": self.num_heads, "feed_forward_dim": self.ff_dim, "decoder_feed_forward_dim": self.decoder_ff_dim}
+
     @property
     def style(self) -> T5Style:
         """The preset's choices with the fields that are set."""

@@ -23,6 +23,15 @@ class Parallel(StrEnum):
     """Every device holds a share of the weights, gradients and optimizer state, and takes a share of the batch (FSDP2)."""
     hsdp = "hsdp"
     """fsdp inside groups of shard_size devices, data between the groups: the traffic of weights stays inside a group."""
+    tensor = "tensor"
+    """All devices compute every sequence together: each holds some heads, feed-forward columns and rows of the vocabulary, and between
+    the matrices some of the positions. For models of which one layer is too large or too slow for one device."""
+    fsdp_tensor = "fsdp_tensor"
+    """tensor inside groups of tensor_size devices, fsdp between the groups: the traffic of activations stays inside a group."""
+
+
+FULLY_SHARDED = (Parallel.fsdp, Parallel.hsdp, Parallel.fsdp_tensor)
+"""Layouts that gather a block's weights just before it is used."""
 
 
 class CheckpointFormat(StrEnum):
@@ -32,7 +41,8 @@ class CheckpointFormat(StrEnum):
     """One file, written by the first rank while training waits."""
     distributed = "distributed"
     """A folder that every rank writes its share of, while training goes on (PyTorch's distributed checkpoints). One that is being written
-    when a run is killed is lost: the run goes on from the one before it."""
+    when a run is killed is lost; so one more is written half-way between two, and dropped after the next: no kill costs more than
+    checkpoint_every_steps."""
 
 
 @dataclass
@@ -60,18 +70,24 @@ class TrainerConfig(Option):
     """How several devices share the work."""
     shard_size: int | None = None
     """Devices that share one copy of the model (hsdp only). None: those of one node."""
+    tensor_size: int | None = None
+    """Devices that compute a sequence together (fsdp_tensor; with tensor it is all of them). None: those of one node."""
+    offload: bool = False
+    """fsdp, hsdp, fsdp_tensor: keep weights, gradients and optimizer state in the host's memory, and update them there: a device holds a
+    block at a time. Much slower; for a model that fits in no other way."""
     reshard: bool = True
-    """fsdp, hsdp: free a block's gathered weights after the forward pass and gather them again for the backward pass. False: a third
-    less traffic for the memory of all weights."""
+    """fsdp, hsdp, fsdp_tensor: free a block's gathered weights after the forward pass and gather them again for the backward pass.
+    False: a third less traffic for the memory of all weights."""
     gather_dtype: DType = DType.float32
-    """fsdp, hsdp: type of gathered weights. float32 gives the numbers of data parallelism; bfloat16 halves the traffic, and the residual
-    stream is bfloat16 too. Gradients are reduced, and weights kept, in float32."""
+    """fsdp, hsdp, fsdp_tensor: type of gathered weights. float32 gives the numbers of data parallelism; bfloat16 halves the traffic, and
+    the residual stream is bfloat16 too. Gradients are reduced, and weights kept, in float32."""
     precision: str = "auto"
     """auto (bf16-mixed where the processor multiplies bf16 faster than fp32, else 32-true), 32-true, bf16-mixed, bf16-true, 16-mixed."""
     compile: bool = False
     """torch.compile the backbone: a minute at the start, faster steps after it."""
     compile_blocks: bool = False
-    """Compile each block by itself: the time at the start does not grow with depth. Always so with parallel=fsdp or hsdp."""
+    """Compile each block by itself: the time at the start does not grow with depth. Always so where weights are
+    sharded."""
     recompute_every: int = 0
     """Blocks whose inputs alone are kept for the backward pass, which runs them again: 0 none, 1 all, 2 every second, … All: memory of
     activations falls to about that of one block plus one hidden state a block, for a third more compute."""
@@ -90,6 +106,9 @@ class TrainerConfig(Option):
     """How a checkpoint lies on disk."""
     log_every_steps: int = 10
     """Optimizer steps between logged points; values in between are summed, not lost."""
+    profile_step: int | None = None
+    """Optimizer step (from 1) with which PyTorch's profiler records three steps into the run folder: profile.txt, profile.json.gz. Not the
+    first ones, which warm up."""
     max_bad_steps: int = 5
     """Steps in a row with a loss or gradient that is not finite (each is skipped and counted) before the run stops."""
     progress_bar: bool = True
@@ -104,7 +123,7 @@ class TrainerConfig(Option):
             self.require(getattr(self, field) >= 1, field, "1 or more")
         self.require(self.recompute_every >= 0, "recompute_every", "0 or more")
         self.require(self.keep_best >= 0, "keep_best", "0 or more")
-        for field in ("max_steps", "max_tokens"):
+        for field in ("max_steps", "max_tokens", "shard_size", "tensor_size", "profile_step"):
             self.require(getattr(self, field) is None or getattr(self, field) >= 1, field, "1 or more, or null")
         if self.precision not in PRECISIONS:
             raise ConfigError(
@@ -118,17 +137,19 @@ class TrainerConfig(Option):
                 f"trainer.max_steps={self.max_steps} and trainer.max_tokens={self.max_tokens}: give one of them, "
                 f"e.g. trainer.max_steps=1000 trainer.max_tokens=null"
             )
-        if self.global_batch_size % self.world_size:
+        self._check_layout()
+        if self.global_batch_size % self.data_ranks:
+            sharing = "devices" if self.tensor_ranks == 1 else f"groups of {self.tensor_ranks} devices"
             raise ConfigError(
                 f"trainer.global_batch_size={self.global_batch_size} sequences cannot be shared evenly by "
-                f"{self.world_size} devices; use a multiple of {self.world_size}"
+                f"{self.data_ranks} {sharing}; use a multiple of {self.data_ranks}"
             )
-        self._check_layout()
 
     def _check_layout(self) -> None:
         """Refuse sizes that do not fit the number of devices."""
-        if self.shard_size is not None and self.parallel != Parallel.hsdp:
-            raise ConfigError(f"trainer.shard_size={self.shard_size} belongs to trainer.parallel=hsdp, not {self.parallel}; leave it out")
+        self._check_owner("shard_size", self.shard_size is not None, (Parallel.hsdp,))
+        self._check_owner("tensor_size", self.tensor_size is not None, (Parallel.tensor, Parallel.fsdp_tensor))
+        self._check_owner("offload", self.offload, FULLY_SHARDED)
         if not self.is_sharded:
             return
         if self.world_size == 1:
@@ -139,25 +160,58 @@ class TrainerConfig(Option):
             raise ConfigError(
                 f"trainer.precision=16-mixed does not go with trainer.parallel={self.parallel}; use trainer.precision=bf16-mixed"
             )
-        if self.parallel == Parallel.hsdp and (self.world_size % self.shards or not 1 < self.shards < self.world_size):
-            fitting = [str(n) for n in range(2, self.world_size) if self.world_size % n == 0]
-            instead = f"use trainer.shard_size={' or '.join(fitting)}" if fitting else "use trainer.parallel=fsdp"
+        if self.parallel == Parallel.tensor and self.tensor_ranks != self.world_size:
             raise ConfigError(
-                f"trainer.parallel=hsdp cannot make groups of {self.shards} of {self.world_size} devices (each group shards one copy of "
-                f"the model, and there are several groups); {instead}"
+                f"trainer.tensor_size={self.tensor_size}, but trainer.parallel=tensor makes one group of all {self.world_size} devices; "
+                f"leave it out, or use trainer.parallel=fsdp_tensor for several groups"
             )
+        if self.parallel == Parallel.hsdp:
+            self._check_groups("shard_size", self.shards, "each group shards one copy of the model", Parallel.fsdp)
+        if self.parallel == Parallel.fsdp_tensor:
+            self._check_groups("tensor_size", self.tensor_ranks, "each group computes a sequence together", Parallel.tensor)
+
+    def _check_owner(self, field: str, given: bool, owners: tuple[Parallel, ...]) -> None:
+        """Refuse a field that the layout would ignore."""
+        if given and self.parallel not in owners:
+            able = " or ".join(owners)
+            raise ConfigError(
+                f"trainer.{field}={getattr(self, field)} belongs to trainer.parallel={able}, not {self.parallel}; leave it out"
+            )
+
+    def _check_groups(self, field: str, size: int, what: str, single: Parallel) -> None:
+        """Refuse groups that are not several equal ones of several devices."""
+        if self.world_size % size == 0 and 1 < size < self.world_size:
+            return
+        fitting = [str(n) for n in range(2, self.world_size) if self.world_size % n == 0]
+        instead = f"use trainer.{field}={' or '.join(fitting)}" if fitting else f"use trainer.parallel={single}"
+        raise ConfigError(
+            f"trainer.parallel={self.parallel} cannot make groups of {size} of {self.world_size} devices ({what}, and there are several "
+            f"groups); {instead}"
+        )
 
     @property
     def is_sharded(self) -> bool:
         """A device holds a share of the weights."""
-        return self.parallel in (Parallel.fsdp, Parallel.hsdp)
+        return self.parallel in (*FULLY_SHARDED, Parallel.tensor)
 
     @property
     def shards(self) -> int:
-        """Devices that share one copy of the model."""
+        """Devices that share the weights of one copy of the model by fsdp."""
         if self.parallel == Parallel.hsdp:
             return self.shard_size or self.devices
-        return self.world_size if self.is_sharded else 1
+        return self.data_ranks if self.parallel in FULLY_SHARDED else 1
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Devices that compute a sequence together."""
+        if self.parallel == Parallel.tensor:
+            return self.tensor_size or self.world_size
+        return self.tensor_size or self.devices if self.parallel == Parallel.fsdp_tensor else 1
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares that a global batch is cut into: devices, or groups of those that compute together."""
+        return self.world_size // self.tensor_ranks
 
     @property
     def world_size(self) -> int:
@@ -167,7 +221,7 @@ class TrainerConfig(Option):
     @property
     def micro_batches(self) -> int:
         """Forward passes of one device in one optimizer step; the last one may be smaller."""
-        return -(-(self.global_batch_size // self.world_size) // self.micro_batch_size)
+        return -(-(self.global_batch_size // self.data_ranks) // self.micro_batch_size)
 
     def steps(self, sequence_length: int) -> int:
         """Optimizer steps of the run."""

@@ -182,6 +182,7 @@ class TokenDataModule(lightning.LightningDataModule):
         validation_sequences: sequences of a validation; fewer if the split has fewer.
         rank: of this process; None: the trainer's (0 without one).
         world_size: processes in all; None: the trainer's (1 without one).
+        ranks_per_share: neighbouring processes that read the same sequences, because they compute them together.
         prefetch: make the next step in a thread.
         length_start: positions of a sequence at the beginning of training. None: sequence_length throughout.
         length_warmup_steps: optimizer steps until sequence_length is reached.
@@ -201,6 +202,7 @@ class TokenDataModule(lightning.LightningDataModule):
         validation_sequences: int = 128,
         rank: int | None = None,
         world_size: int | None = None,
+        ranks_per_share: int = 1,
         prefetch: bool = True,
         length_start: int | None = None,
         length_warmup_steps: int = 0,
@@ -210,7 +212,7 @@ class TokenDataModule(lightning.LightningDataModule):
         self.prepared, self.objective = prepared, objective
         self.sequence_length, self.global_batch_size, self.micro_batch_size = sequence_length, global_batch_size, micro_batch_size
         self.seed, self.total_steps, self._prefetch = seed, total_steps, prefetch
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._ranks_per_share = rank, world_size, ranks_per_share
         self._next_step = 0
         self._loader: TrainLoader | None = None
         self._shares = shares
@@ -330,10 +332,11 @@ class TokenDataModule(lightning.LightningDataModule):
         return [micro_batch.to(device, non_blocking=True) for micro_batch in batch]
 
     def _place(self) -> tuple[int, int]:
+        """Which share of the sequences is read here, and how many there are."""
         trainer = self.trainer
         rank = self._rank if self._rank is not None else trainer.global_rank if trainer is not None else 0
         world_size = self._world_size if self._world_size is not None else trainer.world_size if trainer is not None else 1
-        return rank, world_size
+        return rank // self._ranks_per_share, world_size // self._ranks_per_share
 
 
 def _stream(

@@ -205,7 +205,9 @@ def combine(ranks_R5N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def _all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     ranks = local.new_empty(dist.get_world_size(group), *local.shape)
-    dist.all_gather_into_tensor(ranks.view(-1), local.contiguous().view(-1), group=group)
+    # all_gather_into_tensor until PyTorch 2.12
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(ranks.view(-1), local.contiguous().view(-1), group=group)
     return ranks
 
 

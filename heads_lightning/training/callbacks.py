@@ -6,6 +6,7 @@ logged point.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from heads_lightning.module import LanguageModule
+from heads_lightning.training.spikes import SpikeWatch, StepRecord
 
 
 class MetricsCallback(Callback):
@@ -30,6 +32,9 @@ class MetricsCallback(Callback):
         tokens_per_step: positions of one optimizer step, over all ranks.
         counters: what the objective has counted so far.
         warn: told once when it is the loader that training waits for.
+        spikes: judges every step.
+        flops_per_second: that the devices can do at their peak, for the utilisation; None: unknown.
+        flops_per_step: of the model, forward and backward.
     """
 
     WAITS = 0.1
@@ -45,7 +50,12 @@ class MetricsCallback(Callback):
         tokens_per_step: int,
         counters: Callable[[], dict[str, int]] = dict,
         warn: Callable[[str], None] = lambda message: None,
+        spikes: SpikeWatch | None = None,
+        flops_per_second: float | None = None,
+        flops_per_step: float = 0.0,
     ) -> None:
+        self.spikes = spikes
+        self.flops_per_second, self.flops_per_step = flops_per_second, flops_per_step
         self.counters = counters
         self.warn = warn
         self._warned = False
@@ -79,13 +89,13 @@ class MetricsCallback(Callback):
         self.record(values, step, step * self.tokens_per_step)
         self.flush()
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask for the parts of the loss of the steps that a point ends with."""
-        assert isinstance(pl_module, LanguageModule)
-        pl_module.logs_parts = self._is_due(trainer, batch_idx + 1)
-
     def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
         return step % self.every_steps == 0 or step == trainer.num_training_batches
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for what is measured where a point is due alone."""
+        assert isinstance(pl_module, LanguageModule)
+        pl_module.is_looked_at = self._is_due(trainer, batch_idx + 1)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,12 +105,37 @@ class MetricsCallback(Callback):
         step = batch_idx + 1
         if not self._is_due(trainer, step):
             return
-        values = self._values(trainer, pl_module)
+        values = self._values(trainer, pl_module) | self._judge_steps(pl_module, step)
         self._check_loader(values, step)
         self.latest |= values
         self.record(values, step, step * self.tokens_per_step)
         pl_module.totals.clear()
         self._restart_clock()
+
+    def _judge_steps(self, module: LanguageModule, step: int) -> dict[str, float]:
+        """Look at each step since the last point, over all ranks: one exchange for all of them."""
+        if self.spikes is None:
+            return {}
+        by_step = module.totals.by_step
+        if not by_step:
+            return {}
+        losses, targets, norms = zip(*by_step, strict=True)
+        sums = module.sum_over_data_ranks([*torch.stack(losses).tolist(), *map(float, targets)])
+        count = len(by_step)
+        means = [loss / max(number, 1.0) for loss, number in zip(sums[:count], sums[count:], strict=True)]
+        records = zip(range(step - count + 1, step + 1), means, torch.stack(norms).tolist(), strict=True)
+        # a step that is not finite is skipped and counted: train/bad_steps
+        self.spikes.add([StepRecord(*record) for record in records if math.isfinite(record[1])])
+        return {"train/loss_spikes": float(len(self.spikes.spikes))}
+
+    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+        """Utilisation and memory, where there is a device that knows them."""
+        found: dict[str, float] = {}
+        if self.flops_per_second is not None:
+            found["speed/mfu"] = steps * self.flops_per_step / max(seconds, 1e-9) / self.flops_per_second
+        if torch.cuda.is_initialized():
+            found["memory/peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
 
     def _check_loader(self, values: dict[str, float], step: int) -> None:
         """Say once that the loader, not the model, is the limit. The first point has the first steps in it, which wait for everything."""
@@ -117,24 +152,22 @@ class MetricsCallback(Callback):
         totals = module.totals
         summed = totals.read()
         names = sorted(summed.keys() - {"grad_norm"})
-        sums = [float(totals.targets), *(summed[name] for name in names)]
-        if trainer.world_size > 1:
-            shared = torch.tensor(sums, dtype=torch.float64, device=module.device)
-            torch.distributed.all_reduce(shared)
-            sums = shared.tolist()
+        sums = module.sum_over_data_ranks([float(totals.targets), *(summed[name] for name in names)])
         seconds = time.perf_counter() - self._since
         self.seconds_in_steps += seconds
         targets, named = max(sums[0], 1.0), dict(zip(names, sums[1:], strict=True))
         values = {f"train/{name}": value / targets for name, value in named.items() if not name.startswith("part_")}
         values |= {f"train/{name}": value for name, value in totals.part_means(named, module.parts).items()}
         return values | {
-            "train/grad_norm": summed.get("grad_norm", 0.0) / max(totals.steps, 1),
+            "train/grad_norm": summed.get("grad_norm", 0.0) / max(totals.good_steps, 1),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/target_share": targets / max(totals.steps * self.tokens_per_step, 1),
             "train/bad_steps": float(module.bad_steps),
             "data/padding_share": totals.padding / max(totals.positions, 1),
             "speed/tokens_per_second": totals.steps * self.tokens_per_step / max(seconds, 1e-9),
             "speed/data_wait_share": (self.waited_seconds() - self._waited) / max(seconds, 1e-9),
+            **({} if module.update_ratio is None else {"train/update_ratio": float(module.update_ratio)}),
+            **self._speed(totals.steps, seconds),
             **{f"data/{name}": float(count) for name, count in self.counters().items()},
         }
 

@@ -1,4 +1,5 @@
-"""Sharded data parallelism (`trainer.parallel=fsdp` or `hsdp`): PyTorch's FSDP2 per block, through Lightning's ModelParallelStrategy.
+"""Sharded weights (`trainer.parallel=fsdp`, `hsdp`, `tensor`, `fsdp_tensor`) through Lightning's ModelParallelStrategy: PyTorch's FSDP2 per
+block, and tensor parallelism (tensor_parallel.py).
 
 Choices. Each block of the backbone is a unit that is gathered just before it is used; everything else (embedding, final norm, head) is one
 unit with the whole module, because a tied embedding is used at both ends. A checkpoint holds whole tensors under the same names, whatever
@@ -9,28 +10,35 @@ whole gradients is what sharding is there to avoid.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from typing_extensions import override
 
+from heads_lightning.backbones.base import Backbone
 from heads_lightning.configs.base import DType
-from heads_lightning.configs.trainer import CheckpointFormat, TrainerConfig
+from heads_lightning.configs.trainer import CheckpointFormat, Parallel, TrainerConfig
 from heads_lightning.training.distributed_checkpoints import read_folder
 
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how many messages a checkpoint takes is no news
+REPLICATE, SHARD, TENSOR = "replicate", "shard", "tensor"
+"""Dimensions of the device mesh."""
 SCORE = "score"
 """Method of the module that runs backbone and head: inside it, the weights that belong to no block are whole."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """FSDP2 over all devices, or (hsdp) inside groups of `trainer.shards` devices that hold one copy each.
+    """FSDP2 over all devices, or (hsdp) inside groups of `trainer.shards` devices that hold one copy each; tensor parallelism over all
+    devices, or (fsdp_tensor) inside groups of neighbouring ones, between which FSDP2 shards once more.
 
     Args:
         config: sizes (checked against the devices by TrainerConfig) and choices.
@@ -44,24 +52,55 @@ class ShardedStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
-        shards = self.config.shards
-        copies = self.config.world_size // shards
-        sizes, names = ((shards,), ("shard",)) if copies == 1 else ((copies, shards), ("replicate", "shard"))
-        self.mesh = init_device_mesh(self.root_device.type, sizes, mesh_dim_names=names)
+        layout = mesh_layout(self.config)
+        self.mesh = init_device_mesh(self.root_device.type, tuple(layout.values()), mesh_dim_names=tuple(layout))
 
-    def shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
-        """Shard a module in place, once: each block, then what is left. `module` has the method `score`."""
-        if isinstance(module, FSDPModule):
+    @property
+    @override
+    def process_group_backend(self) -> str | None:
+        # what is offloaded is clipped, updated and saved on the host
+        return "cpu:gloo,cuda:nccl" if self.config.offload and self.root_device.type == "cuda" else None
+
+    def sum_over_data_ranks(self, values: Tensor) -> None:
+        """Sum, in place, over the processes with different sequences: one of each group that computes together."""
+        assert self.mesh is not None
+        if self.config.data_ranks > 1:
+            dist.all_reduce(values, group=self.mesh[SHARD].get_group() if self.config.parallel == Parallel.fsdp_tensor else None)
+
+    def lay_out(self, module: nn.Module, backbone: Backbone, head: nn.Module) -> None:
+        """Shard a module in place, once: over the devices that compute together, then over the others. It has the method `score`."""
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             return
         assert self.mesh is not None
         module.to(self.root_device)
+        if self.config.tensor_ranks > 1:
+            from heads_lightning.training.tensor_parallel import parallelize_backbone, parallelize_head, settle_gradients
+
+            parallelize_backbone(backbone, self.mesh[TENSOR])
+            parallelize_head(head, self.mesh[TENSOR])
+            if self.config.parallel == Parallel.tensor:  # FSDP2 does it for its own
+                settle_gradients(module)
+        if self.config.parallel != Parallel.tensor:
+            self._shard(module, backbone.blocks_in_order)
+
+    def _shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
+        """FSDP2: each block, then what is left."""
+        assert self.mesh is not None
         kind = torch.bfloat16 if self.config.gather_dtype == DType.bfloat16 else None
         # inputs are never cast: a batch holds weights and target values, which are not the model's
         policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None, cast_forward_inputs=False)
+        pinned = self.root_device.type != "cpu"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload else OffloadPolicy()
+        mesh = self.mesh[SHARD] if self.config.parallel == Parallel.fsdp_tensor else self.mesh
         for block in blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=self.config.reshard)
-        fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=self.config.reshard)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
         register_fsdp_forward_method(module, SCORE)
+
+    @override
+    def model_to_device(self) -> None:
+        if not self.config.offload:  # FSDP2 brings to the device what it needs there
+            super().model_to_device()
 
     # -- checkpoints: whole tensors on the first rank, or (distributed) every rank's own ------------------------------------
 
@@ -124,6 +163,14 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(laid_out(state, optimizer))
+
+
+def mesh_layout(config: TrainerConfig) -> dict[str, int]:
+    """Sizes of the device mesh by name, the dimension of neighbouring devices last."""
+    sizes = {REPLICATE: config.data_ranks // config.shards, SHARD: config.shards, TENSOR: config.tensor_ranks}
+    if config.parallel == Parallel.tensor:
+        return {TENSOR: config.tensor_ranks}
+    return {name: size for name, size in sizes.items() if size > 1}
 
 
 def _place(held: Tensor | None, size: torch.Size) -> Tensor | None:

@@ -80,12 +80,20 @@ class BestCheckpoints:
     def prune(self) -> None:
         """Delete the checkpoints that are not kept."""
         saved = saved_checkpoints(self.folder)
+        regular = [path for path in saved if not is_halfway(step_of(path), self.config)] or saved
         values = self.values() if self.config.keep_best else {}
         valued = sorted((values[step_of(path)], -step_of(path), path) for path in saved if step_of(path) in values)
-        kept = {*saved[-self.config.keep_checkpoints :], *(path for _, _, path in valued[: self.config.keep_best])}
+        kept = {*regular[-self.config.keep_checkpoints :], *(path for _, _, path in valued[: self.config.keep_best])}
+        kept |= {path for path in saved if step_of(path) > step_of(regular[-1])}
         for path in saved:
             if path not in kept:
                 remove(path)
+
+
+def is_halfway(step: int, config: TrainerConfig) -> bool:
+    """A step that is saved beside the regular ones, so that one that is lost while it is written costs no more than the interval."""
+    interval = config.checkpoint_every_steps
+    return config.checkpoint_format == CheckpointFormat.distributed and interval > 1 and step % interval == interval // 2
 
 
 class CheckpointCallback(Callback):
@@ -169,9 +177,9 @@ class CheckpointCallback(Callback):
         )
         # the last step too: after the epoch has ended, Lightning's counters would say that there is nothing to go on with
         last = step == trainer.num_training_batches
-        if stop or last or step % self.every_steps == 0:
+        if stop or last or step % self.every_steps == 0 or is_halfway(step, self.config):
             self.save(trainer, step)
-        if stop or last:
+        if stop or last or self.every_steps == 1:  # there is no half-way
             self._wait()
         if stop:
             raise Interrupted(self._stop_signal or signal.SIGTERM, checkpoint_path(self.run_dir, step))

@@ -52,6 +52,10 @@ class SystemMetrics:
         return {"system/process_memory_megabytes": rss / MEGABYTE, "system/process_cpu_percentage": cpu}
 
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+"""Dense bf16 operations per second of a GPU by a part of its name (vendor's data sheets, SXM where there are several)."""
+
+
 def gpu_reader() -> Callable[[], dict[str, float]]:
     """What reads the GPUs of this machine; a reader of nothing where there is none."""
     try:
@@ -119,3 +123,14 @@ def _gpu(index: int, used: float, total: float, busy: float, watts: float) -> di
         f"{name}_power_usage_watts": watts,
     }
     return {k: v for k, v in values.items() if v == v}
+
+
+def peak_flops(devices: int) -> float | None:
+    """Dense bf16 operations per second of `devices` GPUs like the first one here; None where it is none or unknown."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name(0)
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return None if peak is None else devices * peak
