@@ -79,11 +79,21 @@ def write_report(
         _section("Versions", _facts(read_json(run_dir / PROVENANCE))),
         _section("Configuration", f"<pre class='page'>{escape(config_yaml.strip())}</pre>"),
     ]
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-    page = f"<!doctype html><html lang='en'><head>{head}<title>{escape(name)}</title><style>{STYLE}</style></head>"
     path = run_dir / FILE
-    path.write_text(f"{page}<body>{''.join(body)}</body></html>\n", encoding="utf-8")
+    path.write_text(page(name, body), encoding="utf-8")
     return path
+
+
+def samples_page(samples: Sequence[Sample]) -> str:
+    """The infilled lines alone: prefix, middle and suffix coloured."""
+    return page("Infilled lines", [_section("Infilled lines", _samples(samples))])
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole page of one file."""
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    start = f"<!doctype html><html lang='en'><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>"
+    return f"{start}<body>{''.join(body)}</body></html>\n"
 
 
 def _section(title: str, body: str) -> str:

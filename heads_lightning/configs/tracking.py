@@ -68,6 +68,8 @@ class MLflowConfig(TrackingConfig):
     """Longest time in seconds that the end of a run waits for a store that does not answer. What is unsent stays in the run folder."""
     system_metrics: bool = True
     """Log processor, memory and (where there is one) GPU use, every 10 seconds."""
+    log_model: bool = False
+    """At the end of a run, write its model so that `mlflow models predict` infills with it, and send it: the weights once more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
