@@ -29,7 +29,8 @@ LAYERS: dict[str, float] = {
     "bigs_config": 4, "bigs_models": 4.5, "auto_classes": 4.8,
     "problems": 5.1, "lm_eval": 5.2, "comparison": 5,
     "scoring": 5, "conversion": 5, "t5_parallel": 5.1, "testing": 5, "value_models": 5,
-    "value_export": 5.2, "planning": 5, "preflight": 5.5, "summary": 5.3, "html_report": 5.3, "served_model": 5.4, "run": 5.6, "library": 5.7, "sweeps": 5.8,
+    "value_export": 5.2, "planning": 5, "preflight": 5.5, "summary": 5.3, "html_report": 5.3, "html_comparison": 5.35, "served_model": 5.4,
+    "run": 5.6, "library": 5.7, "sweeps": 5.8,
     "commands": 6, "__main__": 7,
 }  # fmt: skip
 """Parts of the package by layer; a part not named here is on layer 5."""

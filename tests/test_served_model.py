@@ -39,8 +39,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
 
 
 def environment(client: Any) -> dict[str, str]:
-    return {**os.environ, "MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))}  # fmt: skip
+    """Of a process that asks the store, with this checkout on its path."""
+    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "MLFLOW_TRACKING_URI": client.tracking_uri, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": path}
 
 
 @pytest.mark.slow
@@ -82,7 +83,7 @@ def test_the_store_holds_the_model_of_the_run(run: tuple[Path, Any, Any]) -> Non
 
 
 def test_what_was_read_is_recorded(run: tuple[Path, Any, Any]) -> None:
-    folder, client, found = run
+    folder, _, found = run
     inputs = {item.tags[0].value: item.dataset for item in found.inputs.dataset_inputs}
     assert set(inputs) == {"train", "validation"}
     assert len({dataset.digest for dataset in inputs.values()}) == 2

@@ -22,6 +22,8 @@ def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     fields, values = _spelled(cls), {}
     for word in words:
         key, equals, text = word.lstrip("-").partition("=")
+        if not equals and word.startswith("--") and key in fields and fields[key].type is bool:
+            equals, text = "=", "true"  # --json
         if not equals:
             raise ConfigError(f"`{word}` is not an argument; write KEY=VALUE, with KEY one of {', '.join(fields)}")
         if key not in fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from heads_lightning.commands.arguments import read
@@ -19,7 +20,8 @@ def main(arguments: Sequence[str]) -> None:
     prompt = _prompt(request, texts)
     from heads_lightning.continuation import continuation
 
-    print(prompt + continuation(asking.load_model(request), prompt, request))
+    text = continuation(asking.load_model(request), prompt, request)
+    print(json.dumps({"prompt": prompt, "continuation": text}) if request.json else prompt + text)
 
 
 def _prompt(request: GenerateRequest, texts: list[str]) -> str:
