@@ -19,7 +19,7 @@ MOST_NAMED = 12
 
 STYLE = """
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; } figcaption small { font-weight: 400; }
-figcaption small span { display: inline-block; margin-right: .75rem; }
+figcaption small span, .names span { display: inline-block; margin-right: .75rem; }
 svg { width: 100%; height: auto; display: block; } svg text { fill: currentColor; font-size: 13px; } .grid { stroke: var(--line); }
 polyline, circle { vector-effect: non-scaling-stroke; fill: none; stroke-width: 2; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 1rem; }
@@ -30,32 +30,39 @@ polyline, circle { vector-effect: non-scaling-stroke; fill: none; stroke-width: 
 Curve = list[tuple[float, float]]
 
 
-def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+def chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], *, named: bool = True) -> str:
     """A figure of curves by optimizer step; nothing where there are no points.
 
     Args:
         title: above the picture.
         curves: (step, value) by name, the most important first. Values that are not finite are left out and counted.
+        named: name the curves beside the title; otherwise `key` says once what several figures show.
     """
     missing = sum(not math.isfinite(y) for curve in curves.values() for _, y in curve)
     finite = {name: thinned([(float(x), y) for x, y in curve if math.isfinite(y)]) for name, curve in curves.items()}
-    finite = {name: curve for name, curve in finite.items() if curve}
-    if not finite:
+    if not any(finite.values()):
         return ""
     xs, ys = ([point[axis] for curve in finite.values() for point in curve] for axis in (0, 1))
     x_of, y_of = _scale(min(xs), max(xs), LEFT, WIDTH - 12), _scale(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
-    numbered = list(enumerate(finite.items()))
-    drawing = "".join(_line(number, curve, x_of, y_of) for number, (_, curve) in reversed(numbered))
-    key = "".join(
-        f"<span style='color:{_colour(number)}'>{_dash(number)} {escape(name)}</span>" for number, (name, _) in numbered[:MOST_NAMED]
-    )
-    key += f"<span>and {len(finite) - MOST_NAMED} more</span>" if len(finite) > MOST_NAMED else ""
-    key += f"<span>{missing} values were not finite</span>" if missing else ""
+    drawing = "".join(_line(number, curve, x_of, y_of) for number, curve in reversed(list(enumerate(finite.values()))) if curve)
+    said = _names([name if curve else "" for name, curve in finite.items()]) if named else ""
+    said += f"<span>{missing} values were not finite</span>" if missing else ""
     return (
-        f"<figure><figcaption>{escape(title)} <small>{key}</small></figcaption>"
+        f"<figure><figcaption>{escape(title)} <small>{said}</small></figcaption>"
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{escape(title)} by optimizer step'>"
         f"{_axes(min(xs), max(xs), min(ys), max(ys), x_of, y_of)}{drawing}</svg></figure>"
     )
+
+
+def key(names: Sequence[str]) -> str:
+    """Names of curves in their colours, for figures that show the same ones."""
+    return f"<p class='names'><small>{_names(names)}</small></p>"
+
+
+def _names(names: Sequence[str]) -> str:
+    """A name keeps its place, and so its colour, also where another one has no curve."""
+    shown = [f"<span style='color:{_colour(i)}'>{_dash(i)} {escape(name)}</span>" for i, name in enumerate(names[:MOST_NAMED]) if name]
+    return "".join(shown) + (f"<span>and {len(names) - MOST_NAMED} more</span>" if len(names) > MOST_NAMED else "")
 
 
 def _colour(number: int) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from heads_lightning.charts import chart
+from heads_lightning.charts import chart, key
 from heads_lightning.html_report import curve_of, page, section
 from heads_lightning.training.run_folder import CONFIG, read_metrics
 
@@ -53,7 +53,7 @@ def cells_page(
         pictures: PNG files to show as they are.
         notes: why cells failed.
     """
-    curves = {metric: metric, **{name: key for name, key in CURVES.items() if key != metric}}
+    curves = {metric: metric, **{name: other for name, other in CURVES.items() if other != metric}}
     body = [
         f"<h1>{escape(title)}</h1><p class='mute'>{len(rows)} cells, ranked by {escape(metric)}</p>",
         section("Cells", _table(columns, rows)),
@@ -67,8 +67,8 @@ def cells_page(
 def overlaid(folders: Mapping[str, Path], metrics: Mapping[str, str]) -> str:
     """One chart for each metric, a curve for each run."""
     points = {name: list(read_metrics(folder)) for name, folder in folders.items()}
-    drawn = [chart(title, {name: curve_of(made, metric) for name, made in points.items()}) for title, metric in metrics.items()]
-    return f"<div class='pictures'>{''.join(drawn)}</div>" if any(drawn) else ""
+    drawn = [chart(title, {name: curve_of(p, metric) for name, p in points.items()}, named=False) for title, metric in metrics.items()]
+    return f"{key(list(folders))}<div class='pictures'>{''.join(drawn)}</div>" if any(drawn) else ""
 
 
 def _protocol(number: int, group: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 img { max-width: 100%; background: #fff; } .mute { color: var(--mute); } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; } td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
+table { border-collapse: collapse; width: 100%; } .scroll { overflow-wrap: normal; } .scroll th { white-space: nowrap; } td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
   border-bottom: 1px solid var(--line); } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 0; }
 pre.page { white-space: pre; overflow-x: auto; overflow-wrap: normal; padding: .75rem; border: 1px solid var(--line); }
@@ -69,7 +69,7 @@ def write_report(
         section("Infilled lines", _samples(samples)),
         section("Final numbers", _numbers(numbers)),
         section("Versions", _facts(read_json(run_dir / PROVENANCE))),
-        section("Configuration", f"<pre class='page'>{escape(config_yaml.strip())}</pre>"),
+        section("Configuration", _folded("every setting", f"<pre class='page'>{escape(config_yaml.strip())}</pre>")),
     ]
     path = run_dir / FILE
     path.write_text(page(name, body), encoding="utf-8")
@@ -103,7 +103,12 @@ def _facts(tree: Mapping[str, Any]) -> str:
     rows = "".join(
         f"<tr><td>{escape(key)}</td><td>{escape(str(value))}</td></tr>" for key, value in _leaves(tree) if value not in (None, "", [])
     )
-    return f"<details><summary>commit, packages, machine</summary><table>{rows}</table></details>" if rows else ""
+    return _folded("commit, packages, machine", f"<table>{rows}</table>") if rows else ""
+
+
+def _folded(title: str, body: str) -> str:
+    """Something long that opens with a click."""
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
 
 
 def _leaves(tree: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:

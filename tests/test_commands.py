@@ -1,4 +1,4 @@
-"""Every command alike: help with two examples, exit codes, --quiet, --json, and no traceback for a user's mistake unless one is asked for."""
+"""Every command alike: help with two examples, exit codes, --quiet, --json; no traceback for a user's mistake unless one is asked for."""
 
 from __future__ import annotations
 

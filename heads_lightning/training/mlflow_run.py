@@ -102,7 +102,6 @@ class MlflowRun:
         self._said: set[str] = set()
         self._client: MlflowClient | None = None
         self._sent: dict[str, Any] = {}
-        self._final: tuple[str, float] | None = None
         self._names: dict[str, str] = {}
 
     def attach(self, *, live: bool) -> None:
@@ -146,14 +145,23 @@ class MlflowRun:
 
     def close(self, *, default: str) -> None:
         """Give the run the status that its folder records, or `default` where it does not say (training was killed)."""
-        status, when = self._final or (default, time.time())
-        if self._final is None:
+        ending = self._ending()
+        status, when = ending or (default, time.time())
+        if ending is None:
             self.set_tags({"ended": "the process disappeared without closing its run"})
         assert self._client is not None
         if status in ("RUNNING", "SCHEDULED"):  # handed to a scheduler that starts it again: not an end
             self._call(self._client.update_run, self.run_id, status=status)
         else:
             self._call(self._client.set_terminated, self.run_id, status, int(when * 1000))
+
+    def _ending(self) -> tuple[str, float] | None:
+        """(status, time) of the end that the folder records, by this process or an earlier one; a run that was resumed since has none."""
+        ending = None
+        for record in read_records(self.run_dir / EVENTS):
+            if record.get("kind") in ("open", "finish"):
+                ending = (record["status"], record["time"]) if record["kind"] == "finish" else None
+        return ending
 
     def heartbeat(self) -> None:
         """A sign of life, for `reap`."""
@@ -241,11 +249,7 @@ class MlflowRun:
 
     def _send_event(self, record: dict[str, Any]) -> None:
         kind = record.get("kind")
-        if kind == "open":
-            self._final = None  # a run that was resumed is not over, whatever it said before
-        elif kind == "finish":
-            self._final = (record["status"], record["time"])
-        elif kind == "tags":
+        if kind == "tags":
             self.set_tags(record["tags"])
         elif kind == "params":
             self._send_params(record["params"])
