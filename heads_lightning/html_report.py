@@ -33,7 +33,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 img { max-width: 100%; background: #fff; } .mute { color: var(--mute); } .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; } .scroll { overflow-wrap: normal; } .scroll th { white-space: nowrap; } td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
+table { border-collapse: collapse; width: 100%; } .scroll { overflow-wrap: normal; } .scroll th { white-space: nowrap; }
+td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
   border-bottom: 1px solid var(--line); } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 0; }
 pre.page { white-space: pre; overflow-x: auto; overflow-wrap: normal; padding: .75rem; border: 1px solid var(--line); }
