@@ -162,6 +162,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     # one process makes batches faster than workers could hand them over (see data.datamodule)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # our own callback logs, and always at the last step
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     # a login node has srun, and a run started by hand there is meant to run there
     warnings.filterwarnings("ignore", message=".*srun.* command is available on your system but is not used.*")
 

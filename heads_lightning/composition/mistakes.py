@@ -35,6 +35,7 @@ from heads_lightning.composition.describe import (
     groups,
     option_name,
     owners,
+    takes_own_keys,
 )
 from heads_lightning.composition.store import sections
 from heads_lightning.configs.base import Option
@@ -129,7 +130,7 @@ def check_overrides(overrides: Sequence[str], config_dir: str | Path | None = No
 
 
 def _check_addition(key: str, text: str) -> None:
-    if key.split(".")[0] == "extra" or key in sections():
+    if takes_own_keys(key) or key in sections():
         return
     bare = text.lstrip("+")
     if key in groups() or key in all_fields():

@@ -61,7 +61,7 @@ class MLflowConfig(TrackingConfig):
     experiment: str = "heads_lightning"
     """MLflow experiment that the run belongs to."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Tags of your own on the run, e.g. `tracking.tags.team=speech`."""
+    """Tags of your own on the run, e.g. `+tracking.tags.team=speech`."""
     flush_seconds: float = 5.0
     """Longest time in seconds that a value is in the run folder only, before it is sent to the store."""
     exit_seconds: float = 10.0
