@@ -112,6 +112,33 @@ def test_sight_and_packing_probe_the_backbone_of_the_config(overrides: list[str]
     failing(found.packing, "see each other")
 
 
+def test_a_loss_implementation_that_gives_another_number_is_noticed(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth too much, in one implementation of several."""
+    from heads_lightning.losses import chunked
+
+    exact = chunked.linear_cross_entropy_sum
+
+    def coarse(*arguments: Any, **options: Any) -> Any:
+        loss = exact(*arguments, **options)
+        return loss._replace(total=loss.total * 1.001)
+
+    monkeypatch.setattr(chunked, "linear_cross_entropy_sum", coarse)
+    failing(probes(overrides).head_and_loss, "")
+
+
+def test_padding_that_changes_something_is_noticed(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone whose positions depend on how many positions the row has, padding included."""
+    from heads_lightning.backbones.transformer import Transformer
+
+    forward = Transformer.forward
+
+    def stretched(self: Transformer, batch: Any, cache: Any = None) -> Tensor:
+        return forward(self, batch, cache) * (1 + 0.01 * batch.tokens_BS.shape[1])
+
+    monkeypatch.setattr(Transformer, "forward", stretched)
+    failing(probes(overrides).packing, "padding")
+
+
 def test_after_data_that_cannot_be_built_nothing_is_tried(overrides: list[str], tmp_path: Path) -> None:
     rows = list(preflight(compose([*overrides, f"data.root={tmp_path}"])))
     assert [(row.name, row.verdict) for row in rows] == [("machine", "ok"), ("data", "failed")]
