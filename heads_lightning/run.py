@@ -137,7 +137,7 @@ def _fit(
     if config.optimizer.average_decay is not None:
         callbacks.insert(1, WeightAverage(config.optimizer.average_decay))  # before what saves it
     if config.trainer.progress_bar:
-        callbacks.insert(1, ProgressCallback(metrics, console))
+        callbacks.insert(callbacks.index(metrics) + 1, ProgressCallback(metrics, console))  # shows what was just recorded
     _quiet_lightning()
     # dropout draws from the global generators; ranks must not drop the same units
     torch.manual_seed(config.seed * 1_000_003 + int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))))
