@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -49,7 +50,12 @@ class BiGSConfig(PreTrainedConfig):
     mask_padding: bool = True
     """attention_mask hides padding. False: it has no effect, as in the published model, which was trained with visible padding."""
 
+    before_first: ClassVar[list[Callable[[], None]]] = []
+    """Called before there is a first config: models that an Auto class finds by a config need not be known earlier."""
+
     def __post_init__(self, **kwargs: Any) -> None:
+        while self.before_first:
+            self.before_first.pop()()
         super().__post_init__(**kwargs)
         self.backbone_config()  # a value that does not exist is refused here, in one line
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from heads_lightning.composition import compose, flatten, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.experiment import build
-from heads_lightning.training.callbacks import CheckpointCallback, MetricsCallback, ProgressCallback
+from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.optimizers import build_optimizer
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.tracking import open_run
@@ -55,14 +56,7 @@ def by_hand(config: ExperimentConfig, steps: int) -> float:
             group["lr"] = config.optimizer.learning_rate * config.schedule.factor(number, steps)
         for batch in step:
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                output: Any = head(
-                    backbone(batch),
-                    labels=batch.labels_BS,
-                    loss_reduction="sum",
-                    loss_div_factor=float(batch.step_targets),
-                    return_logits=False,
-                    num_targets=batch.num_targets,
-                )
+                output = head.loss(backbone(batch), batch, divisor=float(batch.step_targets))
             output.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm or float("inf"))
         optimizer.step()
@@ -88,20 +82,14 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
             tokens_per_step=config.trainer.global_batch_size * config.data.sequence_length,
         )
 
-        class Ticks(CheckpointCallback):
-            """Checkpoints are not part of a step; the clock is."""
-
-            def on_train_batch_end(self, *arguments: Any) -> None:
+        class Ticks(Callback):
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
                 clock.tick()
 
-            def on_train_end(self, *arguments: Any) -> None:
-                pass
-
-        ticks = Ticks(folder, every_steps=steps + 1, keep=1, record={}, warn=print)
         with (folder / "progress.txt").open("w") as sink:
             progress = ProgressCallback(metrics, Console(file=sink, force_terminal=True))
             trainer = build_trainer(
-                config.trainer, precision=config.trainer.precision, callbacks=[metrics, progress, ticks], logger=RunLogger(log)
+                config.trainer, precision=config.trainer.precision, callbacks=[metrics, progress, Ticks()], logger=RunLogger(log)
             )
             trainer.fit(parts.module, datamodule=parts.datamodule)
     return clock.seconds_per_step()

@@ -31,9 +31,10 @@ def huggingface(arguments: argparse.Namespace) -> tuple[Callable[[int], None], i
     """A step on that many positions of the encoder, and the number of parameters."""
     import transformers
 
+    of_every_model: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": 0, "attn_implementation": "sdpa"}
     config = transformers.T5Config(
         vocab_size=VOCABULARY, d_model=D_MODEL, d_kv=D_MODEL // HEADS, d_ff=FEED_FORWARD, num_layers=arguments.layers, num_heads=HEADS,
-        dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0, attn_implementation="sdpa",
+        dropout_rate=0.0, feed_forward_proj="gated-gelu", **of_every_model,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config)
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # transformers ties it whatever the config says

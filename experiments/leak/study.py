@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -22,7 +23,7 @@ from heads_lightning.testing.backbones import enlarged
 from heads_lightning.testing.leaks import VOCABULARY, final_loss, independent_token_losses, perturbation_influence
 
 HERE = Path(__file__).parent
-SMALL = {"d_model": 32, "num_layers": 2}
+SMALL: dict[str, Any] = {"d_model": 32, "num_layers": 2}
 
 
 def causal(form: CausalForm) -> BackboneConfig:

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, open_dict, read_write
 
 
 class HeadsSweeper(Sweeper):
@@ -27,24 +27,23 @@ class HeadsSweeper(Sweeper):
         self.params = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config = config
-        self.hydra_context = hydra_context
         _fix_folder(config)
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+        launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.given = config, hydra_context, launcher
 
     def sweep(self, arguments: list[str]) -> Any:
         from heads_lightning.sweeps import hydra_side
 
         given = {argument.partition("=")[0].lstrip("+") for argument in arguments}
         named = [f"{key}={value}" for key, value in self.params.items() if key not in given]
-        return hydra_side.sweep(self.kind, self.config, self.hydra_context, self.launcher, [*named, *arguments])
+        return hydra_side.sweep(self.kind, *self.given, [*named, *arguments])
 
 
 def _fix_folder(config: DictConfig) -> None:
     """The folder as it is now, for every process: a date in it is not read again."""
     folder = str(Path(str(config.hydra.sweep.dir)).resolve())
     quoted = folder.replace("\\", "\\\\").replace("'", "\\'")
-    kept = [text for text in OmegaConf.to_container(config.hydra.overrides.hydra) if not text.startswith("hydra.sweep.dir=")]
+    kept = [text for text in map(str, config.hydra.overrides.hydra) if not text.startswith("hydra.sweep.dir=")]
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweep.dir = folder
         config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir='{quoted}'"]
