@@ -44,7 +44,7 @@ from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.saving import CheckpointCallback
-from heads_lightning.training.tracking import RunLog, is_first_rank, open_run
+from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
 from heads_lightning.training.trainer import build_trainer
 
 
@@ -126,6 +126,8 @@ def _fit(
         counters=experiment.objective.counters,
         warn=lambda message: console.print(message, style="yellow"),
     )
+    if config.resume:  # what is known of the run, until there is something newer
+        metrics.latest = {name: value for point in read_metrics(run_dir) for name, value in point.values.items()}
     checkpoints = CheckpointCallback(
         run_dir,
         config.trainer,

@@ -47,19 +47,19 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "a setting as a flag": (["train", "--objective=mlm"], ["--objective is not a flag", "objective=VALUE"]),
     "empty data folder": (["train", *tiny("data.root=empty")], ["empty"]),
     "one small file": (["train", *tiny("data.root=one", "data.include=[*.py]")], ["data."]),
-    "sequences beyond the positions": (["train", *tiny("backbone.max_positions=16")], ["max_positions"]),
+    "sequences beyond the positions": (["train", *tiny("backbone.position=learned", "backbone.max_positions=16")], ["max_positions"]),
     "a folder that is no run": ([*ASK, "checkpoint=one", "--", "a", "b"], ["one holds no checkpoint"]),
-    "another word for checkpoint": ([*ASK, "run=runs/fim/good", "--", "a", "b"], ["run does not exist", "checkpoint"]),
-    "a file that is no checkpoint": ([*ASK, "checkpoint=one/a.py", "--", "a", "b"], ["one/a.py is damaged or not a checkpoint"]),
+    "another word for checkpoint": ([*ASK, "run=runs/fim/good", "--", "a", "b"], ["run does not exist", "Did you mean checkpoint?"]),
+    "a file that is no checkpoint": ([*ASK, "checkpoint=one/a.py", "--", "a", "b"], ["one/a.py is damaged or not a checkpoint (no tensors"]),
     "a damaged checkpoint": ([*ASK, "checkpoint=runs/fim/damaged", "--", "a", "b"], ["is damaged", "use the one before it"]),
     "a bad cell": (["train", "-m", "objective=causal,mln"], ["objective=mln does not exist", "objective=mlm"]),
     "a bad value in a cell": (["train", "-m", *tiny("optimizer.learning_rate=1e-3,abc")], ["optimizer.learning_rate=abc"]),
     "nothing to resume": (["train", "resume=nowhere"], ["nowhere is not a run folder"]),
     "a folder that holds a run": (["train", *tiny("hydra.run.dir=runs/fim/good")], ["holds a run already", "resume="]),
-    "resume with another backbone": (["train", "resume=runs/fim/good", "backbone.d_model=64"], ["backbone.d_model"]),
+    "resume with another backbone": (["train", "resume=runs/fim/good", "backbone.d_model=64"], ["backbone.d_model=32", "leave out"]),
     "a text that is not there": ([*ASK, "checkpoint=runs/fim/good", "prefix_file=none"], ["prefix_file=none cannot be read"]),
     "a text that is not text": ([*ASK, "checkpoint=runs/fim/good", "prefix_file=binary"], ["prefix_file=binary is not UTF-8"]),
-    "a device that is not there": ([*ASK, "checkpoint=runs/fim/good", "device=gpu", "--", "a", "b"], ["device=gpu"]),
+    "a device that is not there": ([*ASK, "checkpoint=runs/fim/good", "device=gpu", "--", "a", "b"], ["device=gpu is no device", "device=cpu"]),
     "a run without numbers": (["compare", "runs/fim/good"], ["evaluate it first"]),
     "a port that cannot be": (["ui", "port=99999"], ["port=99999", "1 to 65535"]),
     "a folder as a store": (["train", "tracking.uri=mlruns"], ["tracking.uri=sqlite:///mlruns/mlflow.db"]),
@@ -94,5 +94,8 @@ def test_what_looks_like_a_mistake_and_is_none(folder: Path, capsys: pytest.Capt
     down = [override for override in TINY if override != "tracking=none"]
     down += [f"tracking.uri=http://127.0.0.1:{port}", "tracking.exit_seconds=0.5", "hydra.run.dir=runs/fim/untracked"]
     assert main(["train", *down]) == 0
+    capsys.readouterr()
+    assert main(["train", "resume=runs/fim/good"]) == 0  # a run that is done
+    assert "has done its 4 steps already; to go on: trainer.max_steps=8" in capsys.readouterr().out
     assert Path("runs/fim/untracked/summary.txt").is_file()
     assert "Traceback" not in capsys.readouterr().err
