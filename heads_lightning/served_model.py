@@ -1,4 +1,4 @@
-"""A trained model in the form that MLflow serves: `mlflow models predict`, `mlflow models serve`, `mlflow.pyfunc.load_model`.
+"""A trained model in the form that MLflow loads: `mlflow models predict`, `mlflow.pyfunc.load_model`.
 
 The folder is written by hand, as MLflow's own format for a loader module, so that training need not import MLflow (seconds):
 
