@@ -46,7 +46,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "a field of a number": (["train", "seed.value=3"], ["seed.value=3"]),
     "a setting as a flag": (["train", "--objective=mlm"], ["--objective is not a flag", "objective=VALUE"]),
     "empty data folder": (["train", *tiny("data.root=empty")], ["empty"]),
-    "one small file": (["train", *tiny("data.root=one", "data.include=[*.py]")], ["data."]),
+    "one small file": (["train", *tiny("data.root=one", "data.include=[*.py]")], ["one document", "name a folder"]),
     "sequences beyond the positions": (["train", *tiny("backbone.position=learned", "backbone.max_positions=16")], ["max_positions"]),
     "a folder that is no run": ([*ASK, "checkpoint=one", "--", "a", "b"], ["one holds no checkpoint"]),
     "another word for checkpoint": ([*ASK, "run=runs/fim/good", "--", "a", "b"], ["run does not exist", "Did you mean checkpoint?"]),

@@ -18,7 +18,7 @@ def shown(tiny: list[str], run_dir: Path, *, terminal: bool) -> tuple[str, float
     """(everything that a run printed before its summary, its last training loss)."""
     out = io.StringIO()
     result = train(compose(tiny), run_dir, console=Console(file=out, force_terminal=terminal, width=140, legacy_windows=False))
-    return out.getvalue().split("\nTraining\n")[0], result.metrics["train/loss"]
+    return out.getvalue().split("Training\n")[0], result.metrics["train/loss"]
 
 
 def test_plain_lines_say_stage_numbers_memory_and_time_left(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
