@@ -136,7 +136,10 @@ class ServedModel:
         return pandas.DataFrame({self.signature.output: answers}, index=model_input.index)
 
     def _answer(self, texts: list[str], request: InfillRequest) -> str:
-        return infill(self.model, *texts, request) if len(texts) == 2 else continuation(self.model, texts[0], request)
+        if len(texts) == 1:
+            return continuation(self.model, texts[0], request)
+        prefix, suffix = texts
+        return infill(self.model, prefix, suffix, request)
 
 
 def _load_pyfunc(path: str) -> ServedModel:
