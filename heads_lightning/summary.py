@@ -112,7 +112,7 @@ def _infilling(report: Report) -> str:
         match = "" if report.random_span_exact_match is None else f", exact match {report.random_span_exact_match:.1%}"
         rows.append((f"{report.random_spans} random stretches", f"{report.random_span_bits_per_byte:.3f} bits per byte{match}"))
     text = _table(f"Infilling {report.hidden_lines} hidden lines of held-out files", rows)
-    if report.infill_exact_match is not None:
+    if floor is not None and report.infill_exact_match is not None and report.infill_exact_match <= floor.lookup_exact_match:
         text += (
             "\n  A model this small, trained for minutes, infills real code at or below those floors; the bits per byte show what it has"
             "\n  learned. experiment=fim_proof proves the pipeline in about a minute; experiment=fim_gpu goes further on a GPU."

@@ -1,7 +1,8 @@
 """Language models of transformers with a value head: the classes that TRL had until 1.12, kept.
 
-The wrapped model runs its own forward, unchanged, so logits and loss are its own to the bit. A hook on its decoder keeps the last hidden
-state while it passes, and the value head reads that: no list of all hidden states, nothing that breaks a compiled graph.
+The wrapped model runs its own forward, unchanged, so logits are its own to the bit. A hook on its decoder keeps the last hidden state while
+it passes, and the value head reads that: no list of all hidden states, nothing that breaks a compiled graph. Another on its head over the
+vocabulary sees what that reads, from which the loss of a causal model is formed chunk by chunk: no soft-max of [B, T, V] is kept.
 
 Choices. State dicts have the layout of the saved files: the model's own keys, then `v_head.…`; loading accepts it at any depth. Files are
 safetensors. What is missing, unknown or contradictory is an error with a name; a checkpoint without a value head says so.
@@ -22,8 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from heads_lightning.heads.value import ValueHead
+from heads_lightning.losses import linear_cross_entropy, loss_module
+from heads_lightning.losses.base import is_dtensor
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
@@ -62,6 +66,61 @@ class _LastState:
         return hidden_BSD
 
 
+class _Vocabulary:
+    """Hooks of a head over the vocabulary, and the loss of a causal model from what it reads instead of from what it returns.
+
+    transformers calls a model's `loss_function` with its logits. Where these are the head's output as it is, their loss is formed chunk by
+    chunk from hidden states and weight; logits that were scaled or capped, and losses that are asked for in other ways, stay the model's.
+    """
+
+    def __init__(self, model: Any, head: nn.Module) -> None:
+        self.waiting = self.last_only = False
+        self.hidden_BSD: Tensor | None = None
+        self.logits: Tensor | None = None
+        self.head: Any = head
+        self.own_loss = model.loss_function
+        if type(head) is nn.Linear and self.own_loss is ForCausalLMLoss:
+            loss_module("auto")  # now, and not while a graph is compiled
+            model.loss_function = self.loss
+        head.register_forward_pre_hook(self.before)
+        head.register_forward_hook(self.after)
+
+    def before(self, module: nn.Module, args: Any) -> tuple[Tensor] | None:
+        if not self.waiting:
+            return None
+        self.hidden_BSD = args[0]
+        return (args[0][:, -1:],) if self.last_only else None
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.waiting:
+            self.logits = output
+
+    def wait(self, *, last_only: bool) -> None:
+        """Look at the next call; with last_only, show the head the last position alone."""
+        self.waiting, self.last_only = True, last_only
+
+    def forget(self) -> None:
+        """Hold nothing."""
+        self.waiting = self.last_only = False
+        self.hidden_BSD = self.logits = None
+
+    def loss(self, logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        """Mean cross-entropy of the next tokens; 0 where there is none."""
+        if self.waiting and self.hidden_BSD is not None and logits is self.logits and not kwargs and self._is_whole():
+            hidden_BSD = self.hidden_BSD[:, :-1]
+            labels = labels[:, 1:].to(hidden_BSD.device)
+            return linear_cross_entropy(hidden_BSD, self.head.weight, labels, bias=self.head.bias, implementation="auto").total
+        if self.last_only:
+            raise ValueError("this model forms its loss from logits in a way of its own; leave return_logits=False out")
+        return self.own_loss(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+
+    def _is_whole(self) -> bool:
+        """The weight is here: not sharded, nor on another device."""
+        weight_VD = self.head.weight
+        is_here = self.hidden_BSD is not None and self.hidden_BSD.device == weight_VD.device
+        return is_here and not is_dtensor(weight_VD) and weight_VD.dim() == 2
+
+
 class PreTrainedModelWithValueHead(nn.Module):
     """What both wrappers share. Attributes that it lacks are the wrapped model's (config, device, get_input_embeddings, …).
 
@@ -95,6 +154,7 @@ class PreTrainedModelWithValueHead(nn.Module):
         self.v_head = ValueHead(base.config, **kwargs).to(base.get_output_embeddings().weight.device)
         self._last_state = _LastState()
         _decoder(base).register_forward_hook(self._last_state)
+        self._vocabulary = _Vocabulary(base, base.get_output_embeddings())
         self._register_load_state_dict_pre_hook(_nest_keys)
         self.train(base.training)
 
@@ -117,6 +177,7 @@ class PreTrainedModelWithValueHead(nn.Module):
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         return_past_key_values: bool = False,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """Logits, loss and values.
@@ -126,21 +187,28 @@ class PreTrainedModelWithValueHead(nn.Module):
             past_key_values: cache of the positions before.
             attention_mask: [B, T], 0 at padding.
             return_past_key_values: also return the cache.
-            kwargs: of the wrapped model (labels, decoder_input_ids, …). With logits_to_keep=1 the logits are those of the last position
-                alone and the values all there: a critic needs no more. return_dict is accepted and has no influence.
+            return_logits: False never forms them all: a critic reads the values alone, and the loss of a causal model needs no logits.
+            kwargs: of the wrapped model (labels, decoder_input_ids, …). return_dict is accepted and has no influence.
 
         Returns:
-            (logits fp32 [B, T, V], loss or None, value fp32 [B, T]), then the cache where it was asked for. T is the decoder's length in
-            encoder-decoder models.
+            (logits fp32 [B, T, V] or None, loss or None, value fp32 [B, T]), then the cache where it was asked for. T is the decoder's
+            length in encoder-decoder models.
+
+        Raises:
+            ValueError: return_logits=False with labels, where the model makes its loss of its logits in a way of its own.
         """
         kwargs["return_dict"] = True
         kwargs.setdefault("use_cache", return_past_key_values or past_key_values is not None)
         given = {"input_ids": input_ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
         self._last_state.wait()
-        output = self.pretrained_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
+        self._vocabulary.wait(last_only=not return_logits)
+        try:
+            output = self.pretrained_model(**{k: v for k, v in given.items() if v is not None}, **kwargs)
+        finally:
+            self._vocabulary.forget()
         hidden_BSD = self._last_state.take()
         value_BS1 = self.v_head(hidden_BSD.to(self.v_head.summary.weight.device))
-        found = (output.logits.float(), output.loss, value_BS1.squeeze(-1))
+        found = (output.logits.float() if return_logits else None, output.loss, value_BS1.squeeze(-1))
         return (*found, output.past_key_values) if return_past_key_values else found
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

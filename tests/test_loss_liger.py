@@ -1,4 +1,4 @@
-"""Liger's kernel in Triton's interpreter, on any machine: the contract tests of fused_linear, and the traps that it routes around.
+"""Liger's and Apple's kernels in Triton's interpreter, on any machine: contract of fused_linear, the traps it routes around, and cce.
 
 The interpreter is chosen when Triton is imported, so the tests run in a process of their own.
 """
@@ -18,6 +18,7 @@ from heads_lightning.losses import linear_cross_entropy
 
 HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CCE = importlib.util.find_spec("cut_cross_entropy") is not None
 LIGER = importlib.util.find_spec("liger_kernel") is not None and importlib.util.find_spec("triton") is not None
 
 
@@ -103,3 +104,67 @@ class TestTraps:
             "assert not [m for m in sys.modules if m.startswith(('liger', 'triton'))]"
         )
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def log1p(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter has none of the functions of NVIDIA's library; this is the one that cut-cross-entropy calls without a soft cap."""
+    import triton.language as tl  # pyright: ignore[reportMissingImports]
+    from triton.language.extra import libdevice  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(libdevice, "log1p", lambda x: tl.log(1.0 + x))
+
+
+@pytest.mark.skipif(not (INTERPRETED and CCE), reason="needs cut-cross-entropy (optional, Apple's licence); runs inside TestInInterpreter")
+@pytest.mark.usefixtures("log1p")
+class TestCutCrossEntropy:
+    """In fp16: the interpreter cannot compute in bf16, and the kernel trains in 16 bits alone."""
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    @pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
+    @pytest.mark.parametrize("weighed", [False, True])
+    def test_value_and_gradients(self, reduction: str, frozen: str, weighed: bool, caplog: pytest.LogCaptureFixture) -> None:
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(12, 16).half(), torch.randn(40, 16).half()  # rows from 37 on are padding
+        labels = torch.randint(0, 37, (12,))
+        labels[:3] = -100
+        weights = torch.rand(12) if weighed else None
+        found = []
+        for implementation in ("cce", "default"):
+            leaves = {
+                name: tensor.detach().to(torch.float16 if implementation == "cce" else torch.float32).requires_grad_(name != frozen)
+                for name, tensor in (("hidden", hidden), ("weight", weight))
+            }
+            loss = linear_cross_entropy(
+                leaves["hidden"],
+                leaves["weight"],
+                labels,
+                weights=weights,
+                num_classes=37,
+                implementation=implementation,
+                reduction=reduction,
+            )  # pyright: ignore[reportCallIssue]
+            loss.total.square().sum().backward()
+            found.append([loss.total.detach(), *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)])
+        assert not [r for r in caplog.records if "does not do" in r.getMessage()]
+        assert len(found[0]) == (3 if not frozen else 2)
+        for ours, theirs in zip(*found, strict=True):
+            assert (ours.float() - theirs).norm() <= 3e-3 * theirs.norm()
+        assert not found[0][-1][37:].any() or frozen == "weight"
+
+    @pytest.mark.parametrize("what", ["float32", "bias", "z_loss"])
+    def test_what_it_lacks_is_computed_by_chunked(self, what: str, caplog: pytest.LogCaptureFixture) -> None:
+        dtype = torch.float32 if what == "float32" else torch.float16
+        hidden, weight, labels = torch.randn(5, 16).to(dtype), torch.randn(9, 16).to(dtype), torch.arange(5)
+        options = {"bias": {"bias": torch.zeros(9)}, "z_loss": {"z_loss_multiplier": 1e-2}}.get(what, {})
+        got, want = (linear_cross_entropy(hidden, weight, labels, implementation=i, **options).total for i in ("cce", "chunked"))
+        assert torch.equal(got, want)
+        assert f"cce does not do {what};" in caplog.text
+
+    def test_no_rows(self) -> None:
+        hidden = torch.randn(5, 16).half().requires_grad_()
+        loss = linear_cross_entropy(hidden, torch.randn(9, 16).half(), torch.full((5,), -100), implementation="cce").total
+        loss.backward()
+        assert loss.item() == 0
+        assert hidden.grad is not None
+        assert not hidden.grad.any()

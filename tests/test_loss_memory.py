@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from heads_lightning.losses import chunked, linear_cross_entropy
 from heads_lightning.losses.memory import loss_memory_bytes
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of all storages made inside and alive at once, at most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **kwargs)
-        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
-                storage = t.untyped_storage()
-                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
-        return out
+from heads_lightning.testing.memory import PeakMemory
 
 
 def measure(implementation: str, n: int, d: int, v: int, dtype: torch.dtype, masked: float = 0.0) -> int:
@@ -41,7 +15,7 @@ def measure(implementation: str, n: int, d: int, v: int, dtype: torch.dtype, mas
     hidden, weight = torch.randn(n, d).to(dtype).requires_grad_(), torch.randn(v, d).to(dtype).requires_grad_()
     labels = torch.randint(0, v, (n,))
     labels[torch.rand(n) < masked] = -100
-    with Peak() as peak:
+    with PeakMemory() as peak:
         linear_cross_entropy(hidden, weight, labels, implementation=implementation).total.backward()
     return peak.bytes
 

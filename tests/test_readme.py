@@ -1,5 +1,6 @@
 """The README's snippets do what it shows."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 from heads_lightning.__main__ import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_snippet_runs() -> None:
@@ -24,3 +26,15 @@ def test_the_mistake_gets_the_message_shown(capsys) -> None:
     for command, message in shown:
         assert main(command.split()) == 2
         assert capsys.readouterr().err.strip() == message
+
+
+def test_the_capability_tables_are_current() -> None:
+    """Of heads and losses; that they are true is tests/test_losses.py's."""
+    path = ROOT / "experiments" / "loss_implementations" / "capabilities.py"
+    spec = importlib.util.spec_from_file_location("capabilities", path)
+    assert spec is not None
+    assert spec.loader is not None
+    capabilities = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(capabilities)
+    assert capabilities.readme_with(capabilities.compact()) == README, f"run: python {path.relative_to(ROOT)}"
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == capabilities.table()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,11 @@ import lightning.pytorch as lightning
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from hub_server import serving
+from safetensors.torch import load, load_file
 from torch import nn
 from torch.nn import functional as F
-from value_data import CAUSAL, LLAMA, SEQ2SEQ, V, bert_config, inputs, tiny_model
+from value_data import CAUSAL, COMMON, LLAMA, SEQ2SEQ, V, bert_config, inputs, tiny_model
 
 from heads_lightning import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead, ValueHead, create_reference_model
 from heads_lightning.backbones.huggingface import HuggingFace
@@ -51,7 +56,7 @@ def assert_equal_states(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
 
 @pytest.mark.parametrize("kind", ALL)
 def test_logits_loss_and_values(kind: str) -> None:
-    """V1, V3: shapes, logits the bare model's to the bit, values those of the last hidden state by hand."""
+    """V1, V3, V14: shapes, logits the bare model's to the bit, values those of the last hidden state by hand."""
     model, given = wrapped(kind), inputs(kind)
     logits, loss, value = model(**given)
     assert (list(logits.shape), loss, list(value.shape)) == ([2, 7, V], None, [2, 7])
@@ -239,6 +244,53 @@ def test_pickles_are_refused_and_can_be_converted(tmp_path: Path) -> None:
     assert_equal_states(load_file(convert_pickled_value_head(tmp_path)), head_of(model))
 
 
+HUB_PROGRAM = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from value_data import tiny_model
+from heads_lightning import AutoModelForCausalLMWithValueHead as Critic
+
+torch.manual_seed(5)
+model = Critic(tiny_model("gpt2")).eval()
+pushed = model.push_to_hub("someone/critic", private=True, token="hf_of_nobody", commit_message="As trained")
+assert pushed.oid.endswith("1"), pushed
+assert not hasattr(model.pretrained_model, "v_head")
+opened = Critic.from_pretrained("someone/critic").eval()
+for name, tensor in model.state_dict().items():
+    assert torch.equal(tensor, opened.state_dict()[name]), name
+print("opened")
+"""
+
+
+def test_push_to_hub_speaks_the_hubs_protocol(tmp_path: Path) -> None:
+    """The client is the real one, over HTTP; what arrives are safetensors and a config, and they open again from there."""
+    with serving() as hub:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+        program = HUB_PROGRAM.format(tests=str(Path(__file__).parent))
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=240)
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.split() == ["opened"]
+    files = hub.files["someone/critic"]
+    assert {name.rsplit(".", 1)[1] for name in files} <= {"safetensors", "json"}, sorted(files)
+    assert {"model.safetensors", "config.json"} <= files.keys()
+    asked = hub.created["someone/critic"]
+    assert asked.get("private") is True or asked.get("visibility") == "private"  # older and newer clients
+    assert hub.messages == ["As trained"]
+    assert "Bearer hf_of_nobody" in hub.tokens
+    state = load(files["model.safetensors"])
+    assert {"v_head.summary.weight", "v_head.summary.bias"} <= state.keys()
+    assert json.loads(files["config.json"])["model_type"] == "gpt2"
+
+
 def test_post_init_takes_the_head_whole() -> None:
     model, other = wrapped(), wrapped(v_head_init_strategy="normal")
     model.post_init(other.state_dict())
@@ -286,10 +338,13 @@ def test_reading_on_from_a_cache(kind: str) -> None:
     assert len(model(ids)) == 3
 
 
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
-def test_compiles_whole(kind: str) -> None:
+def test_compiles_whole(kind: str, labelled: bool) -> None:
     """V17: one graph, in training too."""
     model, given = wrapped(kind, summary_dropout_prob=0.0).eval(), inputs(kind)
+    if labelled:
+        given["labels"] = inputs(kind).get("decoder_input_ids", given["input_ids"])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(**given)[2], model(**given)[2])
     compiled(**given)[2].sum().backward()
@@ -329,12 +384,79 @@ def test_generate_and_what_a_trainer_asks() -> None:
     assert "lm_head" in model.lm_head_namings
 
 
-def test_values_without_the_logits() -> None:
+@pytest.mark.parametrize("kind", ALL)
+def test_values_without_the_logits(kind: str) -> None:
     """A critic's step forms the logits of one position and the values of all."""
+    model, given = wrapped(kind).eval(), inputs(kind)
+    logits, _, value = model(**given, return_logits=False)
+    assert logits is None
+    assert torch.equal(value, model(**given)[2])
+
+
+def test_logits_of_the_last_position_by_the_models_own_argument() -> None:
     model, ids = wrapped("llama").eval(), inputs("llama")["input_ids"]
     logits, _, value = model(ids, logits_to_keep=1)
     assert logits.shape == (2, 1, V)
     assert torch.equal(value, model(ids)[2])
+
+
+@pytest.mark.parametrize("return_logits", [True, False])
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_loss_without_a_softmax_has_the_models_gradients(kind: str, return_logits: bool) -> None:
+    """Of a loss, of the values, and of the logits where they are there: in one backward pass."""
+    ids = inputs(kind)["input_ids"]
+    labels = ids.clone()
+    labels[0, :4] = -100
+    states = []
+    for ours in (True, False):
+        model = wrapped(kind, summary_dropout_prob=0.0).eval()
+        logits, loss, value = model(ids, labels=labels, return_logits=return_logits) if ours else model(ids)
+        if not ours:
+            loss = F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+        total = loss + value.square().mean() + (logits.square().mean() if return_logits else 0.0)
+        total.backward()
+        states.append({name: parameter.grad for name, parameter in model.named_parameters()} | {"loss": loss.detach()})
+    for name, got in states[0].items():
+        torch.testing.assert_close(got, states[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_loss_of_logits_that_were_changed_is_the_models_own() -> None:
+    """Gemma 2 caps its logits after its head: its loss is the one of the capped ones, and cannot be had without them."""
+    config = hf.Gemma2Config(**LLAMA, **COMMON, head_dim=8, final_logit_softcapping=0.01, query_pre_attn_scalar=8)
+    model = AutoModelForCausalLMWithValueHead(hf.Gemma2ForCausalLM(config)).eval()
+    ids = torch.arange(14).reshape(2, 7)
+    logits, loss, _ = model(ids, labels=ids)
+    assert logits.abs().max() <= 0.01
+    assert loss.item() == pytest.approx(float(F.cross_entropy(logits[:, :-1].detach().reshape(-1, V), ids[:, 1:].reshape(-1))), rel=1e-6)
+    with pytest.raises(ValueError, match="leave return_logits=False out"):
+        model(ids, labels=ids, return_logits=False)
+    assert model.pretrained_model(ids, labels=ids).loss.item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_no_labels_at_all_are_no_loss() -> None:
+    """transformers' own is NaN."""
+    model, ids = wrapped().eval(), inputs("gpt2")["input_ids"]
+    loss = model(ids, labels=torch.full_like(ids, -100))[1]
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.isfinite().all() for p in model.pretrained_model.parameters() if p.grad is not None)
+
+
+def test_the_loss_of_a_copy_is_of_its_own_head() -> None:
+    model, ids = wrapped("llama").eval(), inputs("llama")["input_ids"]
+    before = model(ids, labels=ids)[1]
+    other = copy.deepcopy(model)
+    torch.nn.init.zeros_(other.get_output_embeddings().weight)
+    assert other(ids, labels=ids)[1].item() == pytest.approx(math.log(V), rel=1e-6)
+    assert torch.equal(model(ids, labels=ids)[1], before)
+
+
+def test_after_a_failed_call_nothing_is_held() -> None:
+    model, ids = wrapped().eval(), inputs("gpt2")["input_ids"]
+    with pytest.raises(IndexError):
+        model(ids + 10 * V, return_logits=False)
+    assert model.pretrained_model(ids).logits.shape == (2, 7, V)
+    assert model._vocabulary.hidden_BSD is None
 
 
 def test_from_an_object() -> None:

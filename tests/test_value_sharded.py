@@ -64,11 +64,12 @@ def sharded(model: Any, **how: Any) -> Any:
 def value_wrapper(rank: int, folder: Path) -> None:
     """V5, V8, V9, V10 under FSDP2: values, gradients, whole and sharded states, types."""
     reference, ids = wrapped(), inputs("llama")["input_ids"]
-    reference(ids)[2].square().mean().backward()
     model = sharded(wrapped())
+    for one in (reference, model):
+        _, loss, values = one(ids, labels=ids)
+        (loss + values.square().mean()).backward()
     values = model(ids)[2]
     assert torch.allclose(values, reference(ids)[2], atol=1e-6)
-    values.square().mean().backward()
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         if theirs.grad is not None:
             assert ours.grad is not None, name
@@ -147,7 +148,7 @@ def value_objective(rank: int, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "work",
-    [pytest.param(value_wrapper, marks=pytest.mark.slow), pytest.param(ddp_wrapper, marks=pytest.mark.slow), value_objective],
+    [pytest.param(work, marks=pytest.mark.slow) for work in (value_wrapper, ddp_wrapper, value_objective)],  # training on two: test_value
     ids=lambda work: work.__name__,
 )
 def test_on_two_processes(work: Any, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads_lightning.losses import linear_cross_entropy, unavailable
+from heads_lightning.losses.auto import choose
 from heads_lightning.losses.onednn import onednn_wins
 
 SHAPES = {"A": (2048, 512, 50304), "B": (1024, 768, 32000), "C": (4096, 256, 8192)}
@@ -150,9 +151,10 @@ def time_shape(name: str, dtype: torch.dtype, labelled: float, options: argparse
     print(f"  limit ({best}) {statistics.median(taken[best]) * 1e3:8.1f} ms = {gflop / statistics.median(taken[best]):.0f} GFLOP/s")
     result: dict[str, Any] = {"limit": {"ms": statistics.median(taken[best]) * 1e3, "library": best}}
     for k in contenders:
-        to_limit, to_default = ratio(taken[k], taken[best]), ratio(taken[k], taken["default"])
-        result[k] = {"ms": statistics.median(taken[k]) * 1e3, "to_limit": to_limit, "to_default": to_default}
-        print(f"  {k:14s} {statistics.median(taken[k]) * 1e3:8.1f} ms   ÷ limit {to_limit:5.2f}   ÷ default {to_default:5.2f}", flush=True)
+        against = {f"to_{other}": ratio(taken[k], taken[other]) for other in ("naive", "default") if other in taken}
+        result[k] = {"ms": statistics.median(taken[k]) * 1e3, "to_limit": ratio(taken[k], taken[best]), **against}
+        said = "".join(f"   ÷ {name[3:]} {value:5.2f}" for name, value in result[k].items() if name.startswith("to_"))
+        print(f"  {k:14s} {result[k]['ms']:8.1f} ms{said}", flush=True)
     return result
 
 
@@ -214,20 +216,21 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sweep(options: argparse.Namespace) -> dict[str, Any]:
-    """chunked ÷ default at small shapes."""
-    result = {}
-    print(f"chunked ÷ default, fp32 and bf16, threads {options.threads} (d 256)")
+    """chunked and auto ÷ default at small shapes."""
+    result: dict[str, Any] = {}
+    print(f"time ÷ default, threads {options.threads} (d 256)")
     for v in (256, 1024, 4096, 16384):
         for n in (64, 256, 1024):
-            cell = []
-            for dtype in (torch.float32, torch.bfloat16):
-                x, w, labels = make((n, 256, v), dtype, 1.0)
+            found: dict[str, Any] = {"auto_takes": choose(n, v)[0]}
+            for dtype in ("float32", "bfloat16"):
+                x, w, labels = make((n, 256, v), getattr(torch, dtype), 1.0)
                 names = losses(x, w, labels, ["default", "chunked", "auto"])
                 runs = {k: (partial(repeat, f, x, w), 1.0) for k, f in names.items()}
                 taken = rounds(runs, options.rounds, options.threads, options.seconds)
-                cell += [ratio(taken["chunked"], taken["default"]), ratio(taken["auto"], taken["default"])]
-            result[f"{n} {v}"] = cell
-            print(f"  N {n:5d} V {v:6d}   chunked {cell[0]:5.2f} {cell[2]:5.2f}   auto {cell[1]:5.2f} {cell[3]:5.2f}", flush=True)
+                found[dtype] = {name: ratio(taken[name], taken["default"]) for name in ("chunked", "auto")}
+            result[f"{n} {v}"] = found
+            ratios = "".join(f"   {name} {found['float32'][name]:5.2f} {found['bfloat16'][name]:5.2f}" for name in ("chunked", "auto"))
+            print(f"  N {n:5d} V {v:6d}{ratios}   auto takes {found['auto_takes']}", flush=True)
     return result
 
 

@@ -10,25 +10,37 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
-COLOURS = {"naive": "#b0b0b0", "default": "#7a7a7a", "torch": "#c98a3b", "compile": "#8a6fb0", "chunked": "#2a78b5"}
+COLOURS = {"naive": "#b0b0b0", "default": "#7a7a7a", "torch": "#c98a3b", "compile": "#8a6fb0", "chunked": "#2a78b5", "auto": "#3aa17e"}
+KINDS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def read(name: str) -> dict[str, Any]:
+    """One file of results."""
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
 
 
 def results(name: str) -> dict[str, Any]:
-    """The results of one file, {} where it is missing."""
-    path = HERE / "results" / f"{name}.json"
-    return json.loads(path.read_text())["results"] if path.exists() else {}
+    """The numbers of one file."""
+    return read(name)["results"]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def time_table(cells: dict[str, Any]) -> str:
-    """One row per shape and type: milliseconds, and the ratio to the limit."""
+    """One row per shape and type: milliseconds, the ratio to the limit, and `chunked` against both plain ones."""
     names = [name for name in COLOURS if any(name in cell for cell in cells.values())]
-    lines = ["| shape, type, labelled | limit ms | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    rows = []
     for cell, times in cells.items():
         entries = [f"{times[n]['ms']:.0f} ({times[n]['to_limit']:.2f})" if n in times else "" for n in names]
-        lines.append(f"| {cell} | {times['limit']['ms']:.0f} | " + " | ".join(entries) + " |")
-    return "\n".join(lines)
+        against = [f"{times['chunked'][f'to_{plain}']:.2f}" for plain in ("naive", "default")]
+        rows.append([cell, f"{times['limit']['ms']:.0f}", *entries, *against])
+    return markdown(["shape, type, labelled", "limit ms", *names, "chunked ÷ naive", "chunked ÷ default"], rows)
 
 
 def memory_table(peaks: dict[str, float]) -> str:
@@ -38,36 +50,76 @@ def memory_table(peaks: dict[str, float]) -> str:
         cell, name = key.rsplit(" ", 1)
         rows.setdefault(cell, {})[name] = mib
     names = [name for name in COLOURS if any(name in row for row in rows.values())]
-    lines = ["| shape, type, labelled | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for cell, row in rows.items():
-        lines.append(f"| {cell} | " + " | ".join(f"{row[n]:.0f}" if n in row else "" for n in names) + " |")
-    return "\n".join(lines)
+    return markdown(
+        ["shape, type, labelled", *names], [[cell, *(f"{row[n]:.0f}" if n in row else "" for n in names)] for cell, row in rows.items()]
+    )
 
 
-def picture(times: dict[str, Any], path: Path) -> None:
-    """Time ÷ limit, one group of bars per shape, type and share of labels."""
-    figure, axis = plt.subplots(figsize=(11, 4))
+def sweep_table(cells: dict[str, Any]) -> str:
+    """Small shapes: what `auto` takes, and the times against `default`."""
+    rows = [
+        [*cell.split(), found["auto_takes"], *(f"{found[kind][name]:.2f}" for kind in KINDS for name in ("chunked", "auto"))]
+        for cell, found in cells.items()
+    ]
+    header = ["rows", "classes", "auto takes", *(f"{kind} {name}" for kind in KINDS.values() for name in ("chunked", "auto"))]
+    return markdown(header, rows)
+
+
+def draw_times(axis: Axes, times: dict[str, Any]) -> None:
+    """Time ÷ limit, one group of bars per shape, type and share of labels; a bar that leaves the picture carries its number."""
+    top = 5.0
     for group, cell in enumerate(times):
         names = [name for name in COLOURS if name in times[cell]]
         for number, name in enumerate(names):
-            place = group + (number - (len(names) - 1) / 2) * 0.16
-            axis.bar(place, times[cell][name]["to_limit"], width=0.15, color=COLOURS[name], label=name if group == 0 else None)
+            place, height = group + (number - (len(names) - 1) / 2) * 0.16, times[cell][name]["to_limit"]
+            axis.bar(place, min(height, top), width=0.15, color=COLOURS[name])
+            if height > top:
+                axis.text(place, top, f"{height:.0f}", ha="center", va="bottom", fontsize=7)
     axis.axhline(1, color="black", linewidth=1)
-    axis.set_xticks(
-        range(len(times)), [cell.replace("float32", "fp32").replace("bfloat16", "bf16") for cell in times], rotation=25, ha="right"
-    )
-    axis.set_ylabel("time ÷ limit (three matrix products)")
-    axis.legend(frameon=False, ncols=len(COLOURS))
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    labels = [cell.replace("float32", "fp32").replace("bfloat16", "bf16") for cell in times]
+    axis.set_xticks(range(len(times)), labels, rotation=30, ha="right")
+    axis.set_ylabel("time ÷ three matrix products")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for name, colour in COLOURS.items() if name != "auto"]
+    axis.legend(handles, [name for name in COLOURS if name != "auto"], frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.03))
+
+
+def draw_sweep(axis: Axes, cells: dict[str, Any]) -> None:
+    """Time ÷ default over the number of logits."""
+    logits = [int(cell.split()[0]) * int(cell.split()[1]) for cell in cells]
+    for kind, marker in (("float32", "o"), ("bfloat16", "s")):
+        for name in ("chunked", "auto"):
+            ratios = [found[kind][name] for found in cells.values()]
+            axis.scatter(logits, ratios, color=COLOURS[name], marker=marker, s=22, label=f"{name}, {KINDS[kind]}")
+    axis.axhline(1, color="black", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("logits")
+    axis.set_ylabel("time ÷ default")
+    axis.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.03))
 
 
 def main() -> None:
-    """Print the tables, write the picture."""
+    """Write tables.md and the picture."""
     times = {**results("time_float32"), **results("time_bfloat16"), **results("time_labelled")}
-    print(time_table(times), memory_table({**results("memory"), **results("memory_labelled")}), sep="\n\n")
-    picture(times, HERE / "loss_implementations.png")
+    about = read("time_float32")["about"]
+    where = f"{about['processor']}, {about['threads']} threads, torch {about['torch']}."
+    tables = [
+        f"Written by measure.py on: {where}",
+        "Forward and backward in milliseconds (÷ limit):",
+        time_table(times),
+        "Peak memory of one step beyond dX and dW, MiB:",
+        memory_table({**results("memory"), **results("memory_labelled")}),
+        "Small shapes, width 256, time ÷ `default`:",
+        sweep_table(results("sweep")),
+    ]
+    (HERE / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
+    print("\n\n".join(tables))
+    figure, axes = plt.subplots(1, 2, figsize=(14, 4.6), width_ratios=(2.2, 1))
+    draw_times(axes[0], times)
+    draw_sweep(axes[1], results("sweep"))
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(HERE / "loss_implementations.png", dpi=110)
 
 
 if __name__ == "__main__":

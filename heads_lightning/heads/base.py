@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from heads_lightning.batch import IGNORE, Batch
+from heads_lightning.heads.layers import Device, TiedLinear
 from heads_lightning.heads.positions import Positions, keep_positions
 from heads_lightning.losses import LossOptions, LossSum, Projection, loss_module
 from heads_lightning.losses.base import project
@@ -138,8 +139,19 @@ class LMHead(Head):
         raise ValueError(f"head={self.config.name} predicts the next token alone")
 
     def tie(self, embedding: nn.Embedding) -> None:
-        """Use the weight of `embedding` as the projection, also after to_empty; heads that can, override this."""
-        raise ValueError(f"head={self.config.name} has no projection to tie")
+        """Use the weight of `embedding` as the projection, also after to_empty: in heads whose `w_out` is a TiedLinear."""
+        w_out = getattr(self, "w_out", None)
+        if not isinstance(w_out, TiedLinear):
+            raise ValueError(f"head={self.config.name} has no projection to tie")
+        w_out.tie(embedding)
+
+    @final
+    def initialise(self, device: Device, embedding: nn.Embedding | None = None) -> None:
+        """The end of every constructor: tie, and fill the parameters unless they are on `meta`, where to_empty comes first."""
+        if embedding is not None:
+            self.tie(embedding)
+        if torch.device(device).type != "meta":
+            self.reset_parameters()
 
     @abstractmethod
     def num_matmul_params(self) -> int:

@@ -55,17 +55,21 @@ class TiedLinear(nn.Linear):
     name, and no way of materialising a model (to_empty, meta, loading) can cut the tie.
     """
 
-    def __init__(self, config: LMHeadConfig, d_model: int, vocab_size: int, *, bias: bool, device: Device, dtype: torch.dtype) -> None:
+    def __init__(self, config: LMHeadConfig, d_model: int, vocab_size: int, device: Device) -> None:
+        dtype = getattr(torch, config.dtype)
         super().__init__(d_model, 1 if config.is_tied else vocab_size, bias=False, device=device, dtype=dtype)
         self.out_features = vocab_size
         self._embedding: tuple[nn.Embedding, ...] = ()  # in a tuple, so that it is not registered as a child
-        if config.is_tied:
+        self.is_tied = config.is_tied
+        if self.is_tied:
             self.register_parameter("weight", None)
-        if bias:
+        if config.has_bias:
             self.bias = nn.Parameter(torch.empty(vocab_size, device=device, dtype=dtype))
 
     def tie(self, embedding: nn.Embedding) -> None:
         """Use the weight of `embedding` from now on."""
+        if not self.is_tied:
+            raise ValueError("a head is tied only with head.tie_embeddings=true")
         if embedding.embedding_dim != self.in_features or embedding.num_embeddings < self.out_features:
             raise ValueError(
                 f"an embedding [{embedding.num_embeddings}, {embedding.embedding_dim}] cannot be the projection "

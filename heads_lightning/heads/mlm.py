@@ -45,17 +45,8 @@ class MLMHead(LMHead):
         self.dense = nn.Linear(d_model, d_model, bias=config.dense_bias, device=init_device, dtype=dtype)
         self.activation = ACTIVATIONS[config.activation]
         self.norm = build_norm(config.layer_norm or LayerNormConfig(), d_model, init_device, dtype)
-        self.w_out = TiedLinear(config, d_model, vocab_size, bias=config.has_bias, device=init_device, dtype=dtype)
-        if embedding is not None:
-            self.tie(embedding)
-        if torch.device(init_device).type != "meta":
-            self.reset_parameters()
-
-    def tie(self, embedding: nn.Embedding) -> None:
-        """Use the weight of `embedding` as the projection."""
-        if not self.config.is_tied:
-            raise ValueError("a head is tied only with head.tie_embeddings=true")
-        self.w_out.tie(embedding)
+        self.w_out = TiedLinear(config, d_model, vocab_size, init_device)
+        self.initialise(init_device, embedding)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights (see projection_std), zero biases, norm of scale one."""

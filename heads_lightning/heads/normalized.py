@@ -34,8 +34,7 @@ class NormalizedLMHead(LMHead):
         dtype = getattr(torch, config.dtype)
         self.w_out = nn.Linear(d_model, vocab_size, bias=False, device=init_device, dtype=dtype)
         self.sz = nn.Parameter(torch.empty(vocab_size, device=init_device, dtype=dtype))
-        if torch.device(init_device).type != "meta":
-            self.reset_parameters()
+        self.initialise(init_device)
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

@@ -38,19 +38,10 @@ class T5Head(LMHead):
         super().__init__(config, d_model=d_model, vocab_size=vocab_size)
         dtype = getattr(torch, config.dtype)
         self.norm = None if config.layer_norm is None else build_norm(config.layer_norm, d_model, init_device, dtype)
-        self.w_out = TiedLinear(config, d_model, vocab_size, bias=config.has_bias, device=init_device, dtype=dtype)
+        self.w_out = TiedLinear(config, d_model, vocab_size, init_device)
         self.scale = d_model**-0.5 if config.scales else 1.0
         self.loss_dtype: torch.dtype = getattr(torch, config.loss_dtype)
-        if embedding is not None:
-            self.tie(embedding)
-        if torch.device(init_device).type != "meta":
-            self.reset_parameters()
-
-    def tie(self, embedding: nn.Embedding) -> None:
-        """Use the weight of `embedding` as the projection."""
-        if not self.config.is_tied:
-            raise ValueError("a head is tied only with head.tie_embeddings=true")
-        self.w_out.tie(embedding)
+        self.initialise(init_device, embedding)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights that make up for the scale, so that a new model begins near ln V with or without it; zero bias."""

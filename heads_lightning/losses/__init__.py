@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
 from types import ModuleType
 
 from torch import Tensor
@@ -30,9 +29,18 @@ __all__ = [
 ]
 
 
-@cache
+_loaded: dict[str, ModuleType] = {}
+
+
 def loss_module(name: LMLossImplementation | str) -> ModuleType:
     """The module of an implementation: `linear_cross_entropy_sum`, `unavailable()`, `FEATURES`. Imported only when asked for."""
+    module = _loaded.get(name)
+    if module is None:  # (a look-up can be part of a compiled graph, an import cannot)
+        module = _loaded[name] = _import(name)
+    return module
+
+
+def _import(name: LMLossImplementation | str) -> ModuleType:
     try:
         option = LMLossImplementation(name)
     except ValueError:

@@ -141,6 +141,7 @@ class Feature(StrEnum):
     token_weights = "token_weights"
     per_token = "per_token"
     token_metrics = "token_metrics"
+    float32 = "float32"
     float64 = "float64"
     frozen_hidden = "frozen_hidden"
     vocab_parallel = "vocab_parallel"
@@ -160,6 +161,7 @@ def features_of(hidden_ND: Tensor, projection: Projection, options: LossOptions,
         Feature.token_weights: weights_N is not None,
         Feature.per_token: options.per_token,
         Feature.token_metrics: options.token_metrics,
+        Feature.float32: matmul_dtype(hidden_ND, projection.weight_VD) == torch.float32,
         Feature.float64: hidden_ND.dtype == torch.float64,
         Feature.frozen_hidden: trains_weight_alone,
         Feature.vocab_parallel: projection.is_sharded,

@@ -20,7 +20,7 @@ from heads_lightning.losses import chunked_blocks
 from heads_lightning.losses import chunked_kernels as kernels
 from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
 from heads_lightning.losses.chunked_blocks import Matmul, blocked
-from heads_lightning.losses.chunked_kernels import Gradients, RowStats, Spec
+from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats, Spec
 from heads_lightning.losses.once import refuse_again
 from heads_lightning.losses.onednn import mkl, onednn, onednn_wins
 
@@ -50,12 +50,12 @@ def linear_cross_entropy_sum(
     if projection.is_sharded:
         projection = vocab_parallel().local_projection(projection)
     spec = _spec(hidden_ND, projection, options)
-    tensors = (hidden_ND, projection.weight_VD, projection.bias_V, labels_N, weights_N, options.class_weights_V, counted_N)
+    operands = Operands(hidden_ND, projection.weight_VD, projection.bias_V, labels_N, weights_N, options.class_weights_V, counted_N)
     if torch.compiler.is_compiling() and spec.shard is None:
         from heads_lightning.losses.chunked_op import compiled
 
-        return LossSum(*compiled(*tensors, spec, per_token=options.per_token))
-    return LossSum(*(_PerToken if options.per_token else _Summed).apply(*tensors, spec))
+        return LossSum(*compiled(operands, spec, per_token=options.per_token))
+    return LossSum(*(_PerToken if options.per_token else _Summed).apply(spec, *operands))
 
 
 @cache
@@ -98,25 +98,20 @@ def _differentiable_weights(
 def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
     """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
     workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
+    accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
+    if accumulator and device == "cpu":  # every chunk passes over it, and beside it a larger one is small
+        workspace += workspace // 2
     size = max(1, classes) * dtype.itemsize
     fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
-    accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
     if rows <= fits or rows * size <= workspace + accumulator:
         return max(1, rows)
     even = math.ceil(rows / math.ceil(rows / fits))
     return min(rows, math.ceil(even / 16) * 16)
 
 
-def compute(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    labels_N: Tensor,
-    weights_N: Tensor | None,
-    class_weights_V: Tensor | None,
-    spec: Spec,
-) -> tuple[RowStats, Gradients]:
+def compute(operands: Operands, spec: Spec) -> tuple[RowStats, Gradients]:
     """Losses of the rows and gradients of spec.scale · their weighted sum, in the types of the operands."""
+    hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, _ = operands
     rows, width = hidden_ND.shape
     classes = spec.classes if spec.shard is None else spec.shard.total  # ranks must agree on the chunks that they exchange numbers of
     spec = spec._replace(rows=chunk_rows(rows, classes, width, spec.dtype, hidden_ND.device.type))
@@ -132,15 +127,13 @@ def compute(
             stats, gradients = kernels.dense(x_ND, w_VD, b_V, labels_N, terms, spec)
         else:
             stats, gradients = blocked(x_ND, w_VD, b_V, labels_N, terms, spec, product)
-        return stats, Gradients(*_like_operands(gradients, hidden_ND, weight_VD, bias_V, keep_accumulator=spec.dtype == torch.float16))
+        return stats, Gradients(*_like_operands(gradients, operands, keep_accumulator=spec.dtype == torch.float16))
 
 
-def _like_operands(
-    gradients: Gradients, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, keep_accumulator: bool
-) -> list[Tensor | None]:
+def _like_operands(gradients: Gradients, operands: Operands, *, keep_accumulator: bool) -> list[Tensor | None]:
     """Gradients in the types of what they belong to, rows of padding zero."""
     result: list[Tensor | None] = []
-    for gradient, operand in zip(gradients, (hidden_ND, weight_VD, bias_V), strict=True):
+    for gradient, operand in zip(gradients, operands[:3], strict=True):
         if gradient is None or operand is None:
             result.append(None)
             continue
@@ -152,9 +145,10 @@ def _like_operands(
 
 
 def sums(
-    stats: RowStats, weights_N: Tensor | None, counted_N: Tensor | None, spec: Spec, *, per_token: bool
+    stats: RowStats, operands: Operands, spec: Spec, *, per_token: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The fields of LossSum."""
+    weights_N, counted_N = operands.weights_N, operands.counted_N
 
     def finish(values_N: Tensor, factor_N: Tensor | None) -> Tensor:
         if factor_N is not None:
@@ -176,36 +170,34 @@ class _Summed(torch.autograd.Function):
     """Gradients formed in the forward pass and handed over in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        labels_N: Tensor,
-        weights_N: Tensor | None,
-        class_weights_V: Tensor | None,
-        counted_N: Tensor | None,
-        spec: Spec,
-    ) -> tuple[Tensor | None, ...]:
-        stats, gradients = compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, spec)
-        ctx.gradients, ctx.spec = gradients, spec
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V))
-        outputs = sums(stats, weights_N, counted_N, spec, per_token=False)
-        ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
-        ctx.set_materialize_grads(False)
-        return outputs
+    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = Operands(*tensors)  # pyright: ignore[reportArgumentType]
+        stats, ctx.gradients = compute(operands, spec)
+        ctx.spec, ctx.dtypes = spec, _dtypes(operands)
+        return _differentiable_first(ctx, sums(stats, operands, spec, per_token=False))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad = grads[0]
         if grad is None:
-            return (None,) * 8
+            return (None,) * (1 + len(Operands._fields))
         refuse_again("chunked", used=ctx.gradients is None)
         gradients, ctx.gradients = ctx.gradients, None
-        return (*_scaled(gradients, grad, ctx.spec.scale, ctx.dtypes), None, None, None, None, None)
+        return (None, *_scaled(gradients, grad, ctx.spec.scale, ctx.dtypes), None, None, None, None)
 
 
-def _scaled(gradients: Gradients, grad: Tensor, scale: float, dtypes: tuple[torch.dtype | None, ...]) -> list[Tensor | None]:
+def _dtypes(operands: Operands) -> list[torch.dtype | None]:
+    """Of the gradients of hidden states, weight and bias."""
+    return [None if tensor is None else tensor.dtype for tensor in operands[:3]]
+
+
+def _differentiable_first(ctx: Any, outputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
+    ctx.set_materialize_grads(False)
+    return outputs
+
+
+def _scaled(gradients: Gradients, grad: Tensor, scale: float, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
     """gradients · grad / scale, in place; on a CPU, where asking is free, nothing is done when the two are equal."""
     known = grad.device.type == "cpu" and not torch.compiler.is_compiling()
     as_expected = known and abs(float(grad) / scale - 1) < 2**-23  # one rounding of fp32
@@ -222,38 +214,23 @@ class _PerToken(torch.autograd.Function):
     """Losses [N]; the backward pass computes the logits again, now that it knows the gradient of each."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        labels_N: Tensor,
-        weights_N: Tensor | None,
-        class_weights_V: Tensor | None,
-        counted_N: Tensor | None,
-        spec: Spec,
-    ) -> tuple[Tensor | None, ...]:
-        without = spec._replace(need_dx=False, need_dw=False, need_db=False)
-        stats, _ = compute(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, without)
-        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V)
-        ctx.spec = spec._replace(token_metrics=False, scale=1.0)
-        outputs = sums(stats, weights_N, counted_N, spec, per_token=True)
-        ctx.mark_non_differentiable(*(value for value in outputs[1:] if value is not None))
-        ctx.set_materialize_grads(False)
-        return outputs
+    def forward(ctx: Any, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        operands = Operands(*tensors)  # pyright: ignore[reportArgumentType]
+        stats, _ = compute(operands, spec.without_gradients())
+        ctx.save_for_backward(*tensors)
+        ctx.spec = spec
+        return _differentiable_first(ctx, sums(stats, operands, spec, per_token=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_N = grads[0]
         if grad_N is None:
-            return (None,) * 8
+            return (None,) * (1 + len(Operands._fields))
         refuse_again("chunked", used=False)
-        hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V = ctx.saved_tensors
-        row_grad_N = grad_N if weights_N is None else grad_N * weights_N
-        _, gradients = compute(hidden_ND, weight_VD, bias_V, labels_N, row_grad_N, class_weights_V, ctx.spec)
-        dtypes = tuple(None if t is None else t.dtype for t in (hidden_ND, weight_VD, bias_V))
-        typed = (None if g is None or d is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True))
-        return (*typed, None, None, None, None, None)
+        operands = Operands(*ctx.saved_tensors)
+        _, gradients = compute(operands.weighed(grad_N), ctx.spec.for_backward())
+        typed = (None if g is None or d is None else g.to(d) for g, d in zip(gradients, _dtypes(operands), strict=True))
+        return (None, *typed, None, None, None, None)
 
 
 def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | None:

@@ -53,6 +53,31 @@ class Spec(NamedTuple):
         """Any gradient at all."""
         return self.need_dx or self.need_dw or self.need_db
 
+    def without_gradients(self) -> Spec:
+        """The losses alone."""
+        return self._replace(need_dx=False, need_dw=False, need_db=False)
+
+    def for_backward(self) -> Spec:
+        """The gradients alone, of losses per token whose own gradients have become the rows' weights."""
+        return self._replace(token_metrics=False, scale=1.0)
+
+
+class Operands(NamedTuple):
+    """Every tensor of a call."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    labels_N: Tensor
+    weights_N: Tensor | None
+    class_weights_V: Tensor | None
+    counted_N: Tensor | None
+    """Rows that have a target, for token metrics; None: all."""
+
+    def weighed(self, grad_N: Tensor) -> Operands:
+        """The same, each row's weight multiplied by the gradient of its loss."""
+        return self._replace(weights_N=grad_N if self.weights_N is None else grad_N * self.weights_N)
+
 
 class RowStats(NamedTuple):
     """Per row, before the row's weight."""

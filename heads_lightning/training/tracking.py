@@ -105,8 +105,8 @@ class RunLog(ABC):
         """The MLflow run id, waiting for it at most so long."""
 
     @abstractmethod
-    def ui_command(self) -> str:
-        """The exact command that shows this run in a browser."""
+    def ui_command(self) -> str | None:
+        """The exact command that shows this run in MLflow's pages; None where MLflow has no part in it."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -160,8 +160,8 @@ class NullRunLog(RunLog):
     def wait_for_run_id(self, seconds: float) -> str | None:
         return None
 
-    def ui_command(self) -> str:
-        return f"ls {self.run_dir}"
+    def ui_command(self) -> str | None:
+        return None
 
     def describe(self) -> str:
         return f"the first rank records this run in {self.run_dir}"
@@ -258,9 +258,9 @@ class FolderRunLog(RunLog):
             self._sender.attached.wait(seconds)
         return self.run_id
 
-    def ui_command(self) -> str:
+    def ui_command(self) -> str | None:
         if self._store is None or self._sender is None:
-            return f"ls {self.run_dir}"
+            return None
         return ui_command(self._store, experiment_id=self._sender.experiment_id, run_id=self.run_id)
 
     def describe(self) -> str:

@@ -1,0 +1,39 @@
+"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. About seven minutes on two idle cores.
+
+    python experiments/loss_implementations/measure.py [--quick]
+
+Writes results/*.json, tables.md and loss_implementations.png. Nothing else should run meanwhile. --quick shows
+in a minute that it works, and leaves its own numbers there.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+BENCHMARK = HERE.parent / "benchmarks" / "loss.py"
+RUNS = {
+    "time_float32": "time --dtypes float32 --implementations naive,default,compile,chunked",
+    "time_bfloat16": "time --dtypes bfloat16 --implementations naive,default,compile,chunked",
+    "time_labelled": "time --labelled 0.15 --implementations naive,default,chunked",
+    "memory": "memory --shapes A,C --implementations naive,default,chunked",
+    "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
+    "sweep": "sweep --rounds 9",
+}
+"""Files of results/, and what fills them: two threads, 5 rounds."""
+QUICK = ["--shapes", "C", "--rounds", "1"]
+
+
+def main(quick: bool) -> None:
+    """Run everything, one after the other."""
+    for name, arguments in RUNS.items():
+        kept = ["--json", str(HERE / "results" / f"{name}.json")]
+        limits = QUICK if quick else ([] if "--rounds" in arguments else ["--rounds", "5"])
+        subprocess.run([sys.executable, str(BENCHMARK), *arguments.split(), *limits, *kept], check=True)
+    subprocess.run([sys.executable, str(HERE / "analysis.py")], check=True)
+
+
+if __name__ == "__main__":
+    main("--quick" in sys.argv[1:])
