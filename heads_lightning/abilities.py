@@ -19,8 +19,12 @@ from heads_lightning.experiment import TrainedModel
 
 
 def can_read_left_to_right(model: TrainedModel) -> bool:
-    """True for models that predict the next token of plain text (a prefix of length 0 is causal)."""
-    objective = model.config.objective
+    """True for models that predict the next token of plain text."""
+    return reads_left_to_right(model.config.objective)
+
+
+def reads_left_to_right(objective: ObjectiveConfig) -> bool:
+    """True for what teaches to predict the next token of plain text (a prefix of length 0 is causal)."""
     plain = (CausalConfig, FIMConfig, MultiTokenConfig, PrefixLMConfig, UL2Config)
     if objective.predicts != "token" or objective.attention not in (Attention.causal, Attention.prefix):
         return False
@@ -47,11 +51,14 @@ def parts_of(objective: ObjectiveConfig) -> dict[str, ObjectiveConfig]:
 
 def infilling(model: TrainedModel) -> Infilling | None:
     """How to ask for an infill; None for models whose infilling tokens were not trained."""
-    vocabulary, objective = model.tokenizer.vocabulary, model.config.objective
-    for name, part in parts_of(objective).items():
-        if isinstance(part, FIMConfig) and part.rate > 0:
-            return Infilling(part.layouts(vocabulary.fim_format), modes_of(model).get(name))
+    for name, part in infilling_parts(model.config.objective).items():
+        return Infilling(part.layouts(model.tokenizer.vocabulary.fim_format), modes_of(model).get(name))
     return None
+
+
+def infilling_parts(objective: ObjectiveConfig) -> dict[str, FIMConfig]:
+    """The parts of an objective that teach the infilling tokens."""
+    return {name: part for name, part in parts_of(objective).items() if isinstance(part, FIMConfig) and part.rate > 0}
 
 
 def modes_of(model: TrainedModel) -> dict[str, int]:

@@ -177,6 +177,7 @@ class TrainedModel:
 
 def load(reference: str, *, run_root: str = "runs", device: torch.device | str = "cpu") -> TrainedModel:
     """The model of a run folder, checkpoint file or MLflow run id, in evaluation mode."""
+    _check_device(device)
     path = find_checkpoint(reference, run_root)
     checkpoint = read_checkpoint(path)
     config = from_yaml(checkpoint[KEY]["config"])
@@ -188,6 +189,18 @@ def load(reference: str, *, run_root: str = "runs", device: torch.device | str =
     backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")})
     head.load_state_dict({k.removeprefix("head."): v for k, v in weights.items() if k.startswith("head.")})
     return TrainedModel(config, tokenizer, backbone.eval(), head.eval(), checkpoint["global_step"], path)
+
+
+def _check_device(device: torch.device | str) -> None:
+    """Refuse a device that is not here, before anything is read."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        known = str(device).split(":")[0] in ("cpu", "cuda", "mps", "xpu")
+        reason = (
+            f"is not on this machine ({str(error).splitlines()[0][:80]})" if known else "is no device; there are cpu, cuda, cuda:1, mps"
+        )
+        raise ConfigError(f"device={device} {reason}; use device=cpu") from error
 
 
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:

@@ -39,7 +39,12 @@ def can_fill_masks(model: TrainedModel) -> bool:
 
 def is_diffusion(model: TrainedModel) -> bool:
     """True for models trained at every share of hidden tokens: only those bound the likelihood and write text."""
-    return any(isinstance(part, MaskedDiffusionConfig) for part in _parts(model.config.objective))
+    return writes_by_masks(model.config.objective)
+
+
+def writes_by_masks(objective: ObjectiveConfig) -> bool:
+    """True for what hides every share of tokens."""
+    return any(isinstance(part, MaskedDiffusionConfig) for part in _parts(objective))
 
 
 def _mask(model: TrainedModel) -> int:

@@ -204,7 +204,9 @@ class LanguageModule(lightning.LightningModule):
             if totals.part_targets[i]:
                 values[f"val/loss_{name}"] = totals.part_losses[i] / totals.part_targets[i]
         self.statistics = totals.statistics
-        self.log_dict(values | {f"val/{name}": value for name, value in self.head.metrics(totals.statistics).items()})
+        values |= {f"val/{name}": value for name, value in self.head.metrics(totals.statistics).items()}
+        # for callbacks; a logger would write them a second time, under the step before (MetricsCallback records them)
+        self.log_dict(values, logger=False)
 
 
 def _own(value: Tensor) -> Tensor:

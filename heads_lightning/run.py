@@ -26,15 +26,18 @@ from rich.console import Console
 
 from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.data.progress import PreparationProgress
 from heads_lightning.evaluation import Report
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, load, tokenizer_files
 from heads_lightning.heads.base import LMHead
 from heads_lightning.heads.value import ValueHead
-from heads_lightning.html_report import write_report
-from heads_lightning.losses.value import ValueStatistics
+from heads_lightning.html_report import samples_page, write_report
+from heads_lightning.lineage import datasets_of
+from heads_lightning.pictures import draw
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import evaluate
+from heads_lightning.scoring import Sample, evaluate
+from heads_lightning.served_model import check_servable, write_model
 from heads_lightning.summary import summary_text
 from heads_lightning.training.agreement import SameConfig, settled_precision
 from heads_lightning.training.averaging import WeightAverage
@@ -86,6 +89,8 @@ def train(
     problems = machine_problems(config)
     if problems:
         raise ConfigError(problems[0])
+    if _is_served(config):
+        check_servable(config.objective)
     run_dir.mkdir(parents=True, exist_ok=True)
     config = _settle(config)
     text = to_yaml(config)
@@ -101,6 +106,7 @@ def train(
     ) as log:
         with contextlib.closing(PreparationProgress(console)) as progress:
             experiment = build(config, progress=progress)
+        log.log_datasets(list(datasets_of(experiment.prepared, config.data)))
         return _fit(experiment, run_dir, log, console, text, callbacks)
 
 
@@ -128,6 +134,8 @@ def _fit(
         flops_per_second=peak_flops(config.trainer.world_size),
         flops_per_step=_flops_per_token(experiment) * tokens_per_step,
     )
+    if config.resume:  # what is known of the run, until there is something newer
+        metrics.latest = {name: value for point in read_metrics(run_dir) for name, value in point.values.items()}
     checkpoints = CheckpointCallback(
         run_dir,
         config.trainer,
@@ -141,7 +149,7 @@ def _fit(
     if config.trainer.profile_step is not None:
         callbacks.append(ProfileCallback(run_dir, config.trainer.profile_step, lambda message: console.print(message, highlight=False)))
     if config.trainer.progress_bar:
-        callbacks.insert(1, ProgressCallback(metrics, console))
+        callbacks.insert(callbacks.index(metrics) + 1, ProgressCallback(metrics, console))  # shows what was just recorded
     _quiet_lightning()
     torch.manual_seed(config.seed * 1_000_003 + _dropout_rank(config))
     trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
@@ -170,44 +178,6 @@ def _resume_path(config: ExperimentConfig) -> Path | None:
     return find_checkpoint(config.resume, config.run_root) if config.resume else None
 
 
-def _draw_curves(run_dir: Path, log: RunLog, ylabel: str) -> None:
-    """loss.png: training and held-out loss by optimizer step."""
-    from matplotlib.figure import Figure
-
-    points = list(read_metrics(run_dir))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, label in (("train/loss", "training"), ("val/loss", "held out")):
-        drawn = [(point.step, point.values[name]) for point in points if name in point.values]
-        if drawn:
-            axes.plot(*zip(*drawn, strict=True), label=label, marker="o" if len(drawn) < 40 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    log.log_figure("loss.png", figure)
-
-
-def _draw_reliability(experiment: Experiment, log: RunLog) -> None:
-    """reliability.png: mean held-out target by predicted value, with the number of targets in each bin below."""
-    from matplotlib.figure import Figure
-
-    bins = ValueStatistics.from_vector(experiment.module.statistics)
-    filled = [i for i, count in enumerate(bins.bin_count) if count]
-    if not filled:
-        return
-    predicted = [bins.bin_predicted[i] / bins.bin_count[i] for i in filled]
-    figure = Figure(figsize=(5, 5), layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    ends = [min(predicted), max(predicted)]
-    above.plot(ends, ends, color="0.7", label="calibrated")
-    above.plot(predicted, [bins.bin_target[i] / bins.bin_count[i] for i in filled], marker="o", label=experiment.config.name)
-    above.set(ylabel="mean target")
-    above.legend()
-    below.bar(predicted, [bins.bin_count[i] for i in filled], width=0.6 * (ends[1] - ends[0]) / max(len(filled), 1) or 0.1)
-    below.set(xlabel="predicted value", ylabel="targets")
-    log.log_figure("reliability.png", figure)
-
-
 def _quiet_lightning() -> None:
     """Lightning announces devices and tips at INFO; the run says in its own line what matters."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
@@ -219,6 +189,8 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # one process makes batches faster than workers could hand them over (see data.datamodule)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # our own callback logs, and always at the last step
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     # a login node has srun, and a run started by hand there is meant to run there
     warnings.filterwarnings("ignore", message=".*srun.* command is available on your system but is not used.*")
 
@@ -234,6 +206,20 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _is_served(config: ExperimentConfig) -> bool:
+    return isinstance(config.tracking, MLflowConfig) and config.tracking.log_model
+
+
+def _record_looks(experiment: Experiment, log: RunLog, samples: Sequence[Sample]) -> None:
+    """Pictures and coloured samples."""
+    tokens = experiment.config.objective.predicts == "token"
+    unit = "loss, nats per target" if tokens else "loss per target"
+    statistics = experiment.module.statistics if isinstance(experiment.module.head, ValueHead) else ()
+    draw(log, parts=experiment.objective.parts, unit=unit, statistics=statistics)
+    if samples:
+        log.log_text("samples.html", samples_page(samples))
 
 
 def _trained(experiment: Experiment, step: int, path: Path) -> TrainedModel:
@@ -260,15 +246,17 @@ def _conclude(
     samples = []
     if not trainer.is_global_zero:
         return result
-    if config.evaluation.enabled:
-        outcome = evaluate(_trained(experiment, trainer.global_step, path), experiment.prepared)
+    served = _is_served(config)
+    model = _trained(experiment, trainer.global_step, path) if config.evaluation.enabled or served else None
+    if model is not None and config.evaluation.enabled:
+        outcome = evaluate(model, experiment.prepared)
         result.report, samples = outcome.report, outcome.samples
         log.log_metrics(outcome.report.metrics(), step=trainer.global_step, tokens=None)
         (run_dir / "evaluation.json").write_text(json.dumps(asdict(outcome.report), indent=1))
         log.log_text("samples.txt", outcome.samples_text())
-    _draw_curves(run_dir, log, "loss, nats per target" if config.objective.predicts == "token" else "loss per target")
-    if isinstance(experiment.module.head, ValueHead):
-        _draw_reliability(experiment, log)
+    if model is not None and served:
+        log.log_model(write_model(run_dir / "model", model), step=trainer.global_step)
+    _record_looks(experiment, log, samples)
     text = summary_text(
         config,
         run_dir=run_dir,

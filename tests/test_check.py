@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from heads_lightning.batch import IGNORE, Batch
+from heads_lightning.batch import IGNORE, PADDING, Batch
 from heads_lightning.commands import check as command
 from heads_lightning.composition import compose
 from heads_lightning.data.stream import rows_of
@@ -110,6 +110,34 @@ def test_sight_and_packing_probe_the_backbone_of_the_config(overrides: list[str]
     found = probes(overrides)
     failing(found.sight, "leaks")
     failing(found.packing, "see each other")
+
+
+def test_a_loss_implementation_that_gives_another_number_is_noticed(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousandth too much, in one implementation of several."""
+    from heads_lightning.losses import chunked
+
+    exact = chunked.linear_cross_entropy_sum
+
+    def coarse(*arguments: Any, **options: Any) -> Any:
+        loss = exact(*arguments, **options)
+        return loss._replace(total=loss.total * 1.001)
+
+    monkeypatch.setattr(chunked, "linear_cross_entropy_sum", coarse)
+    failing(probes(overrides).head_and_loss, "relative error")
+
+
+def test_padding_that_changes_something_is_noticed(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone whose hidden states grow with the padding of their row."""
+    from heads_lightning.backbones.transformer import Transformer
+
+    forward = Transformer.forward
+
+    def stretched(self: Transformer, batch: Any, cache: Any = None) -> Tensor:
+        padding = 0 if batch.segments_BS is None else int((batch.segments_BS == PADDING).sum())
+        return forward(self, batch, cache) * (1 + 0.01 * padding)
+
+    monkeypatch.setattr(Transformer, "forward", stretched)
+    failing(probes(overrides).packing, "padded on the left: a segment against itself alone")
 
 
 def test_after_data_that_cannot_be_built_nothing_is_tried(overrides: list[str], tmp_path: Path) -> None:

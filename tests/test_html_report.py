@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from heads_lightning.html_report import LEFT, MOST_POINTS, TOP, thinned, write_report
+from heads_lightning.charts import COLOURS, LEFT, MOST_POINTS, TOP, thinned
+from heads_lightning.html_report import samples_page, write_report
 from heads_lightning.scoring import Sample
 
 EVIL = "<script>alert('x')</script>"
@@ -76,12 +77,12 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(run_dir):
 
 def test_a_curve_is_drawn_where_its_values_are(run_dir):
     page = write_report(run_dir, name="x", config_yaml="", numbers={}).read_text()
-    points = [tuple(map(float, p.split(","))) for p in re.search(r"<polyline class='one'.*?points='(.*?)'", page)[1].split()]  # pyright: ignore
+    points = [tuple(map(float, p.split(","))) for p in re.search(rf"<polyline stroke='{COLOURS[0]}'.*?points='(.*?)'", page)[1].split()]  # pyright: ignore
     assert points[0] == (LEFT, TOP)  # the first and largest loss: left, top
     assert points[-1][0] == 628
     assert len(points) == MOST_POINTS
     assert [y for _, y in points] == sorted(y for _, y in points)  # the loss falls: down the page
-    assert "<circle class='two'" in page  # a single held-out loss is a point
+    assert f"<circle stroke='{COLOURS[1]}'" in page  # a single held-out loss is a point
 
 
 def test_thinning_keeps_both_ends():
@@ -89,6 +90,12 @@ def test_thinning_keeps_both_ends():
     kept = thinned(curve)
     assert (kept[0], kept[-1], len(kept)) == (curve[0], curve[-1], MOST_POINTS)
     assert thinned(kept) == kept
+
+
+def test_samples_alone_are_a_page():
+    page = samples_page([Sample(prefix="a", infill=EVIL, truth="d", suffix="e")])
+    assert Tags(page).open == []
+    assert "<span class='middle'>&lt;script" in page
 
 
 def test_a_run_without_anything_has_a_page(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.training import provenance
-from heads_lightning.training.mlflow_run import _cut, _key
+from heads_lightning.training.mlflow_limits import allowed_name, cut
 from heads_lightning.training.mlflow_store import Store, find_run_dir, on_local_disk, resolve_store, ui_command
 from heads_lightning.training.run_folder import METRICS, JsonLines, Point, point_record, read_lines, read_metrics, read_records, write_json
 from heads_lightning.training.system_metrics import SystemMetrics, parse_nvidia_smi
@@ -285,13 +285,13 @@ def test_a_run_folder_is_found_by_its_sidecar(tmp_path: Path) -> None:
 
 
 def test_names_and_values_that_mlflow_takes() -> None:
-    assert _key("train/loss") == "train/loss"
-    assert _key("loss@5 (é)") == "loss_5 ___"
-    assert _key("/a//b/") == "a/b"
-    assert _key("../x") == "_x"
-    assert len(_key("x" * 300)) == 250
-    assert _cut("x" * 300, 100).endswith("(cut)")
-    assert len(_cut("x" * 300, 100)) == 100
+    assert allowed_name("train/loss") == "train/loss"
+    assert allowed_name("loss@5 (é)") == "loss_5 ___"
+    assert allowed_name("/a//b/") == "a/b"
+    assert allowed_name("../x") == "_x"
+    assert len(allowed_name("x" * 300)) == 250
+    assert cut("x" * 300, 100).endswith("(cut)")
+    assert len(cut("x" * 300, 100)) == 100
 
 
 def test_a_disk_of_this_machine_is_local() -> None:

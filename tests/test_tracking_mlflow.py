@@ -18,7 +18,7 @@ import pytest
 
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.training.mlflow_store import Store, connect, experiment_id, resolve_store
-from heads_lightning.training.run_folder import METRICS, read_json, read_metrics
+from heads_lightning.training.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
 from heads_lightning.training.tracking import RunLog, find_run_dir, open_parent, open_run, reap, send_later
 
 RUN = """
@@ -143,6 +143,11 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
     assert run.data.tags["mlflow.parentRunId"] == parent.run_id
     assert client.get_run(parent.run_id).info.status == "FINISHED"
     assert len(runs(client)) == 2
+    # what is added after the end does not change how it ended
+    JsonLines(child / EVENTS).append(event("tags", tags={"late": "yes"}))
+    assert send_later(child) == (0, 0)
+    run = client.get_run(run.info.run_id)
+    assert (run.info.status, run.data.tags["late"]) == ("FINISHED", "yes")
     # the folder is not needed to find it, and sending again changes nothing
     assert find_run_dir(first or "", tmp_path / "sweep" / "0" / "artifacts", uri=f"sqlite:///{tmp_path}/mlflow.db") == child
     (child / "mlflow_sent.json").unlink()

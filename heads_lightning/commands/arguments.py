@@ -13,6 +13,8 @@ from heads_lightning.composition.mistakes import expected
 from heads_lightning.registry import ConfigError
 
 T = TypeVar("T")
+SYNONYMS = {"run": "checkpoint", "model": "checkpoint", "ckpt": "checkpoint", "ckpt_path": "checkpoint", "max_tokens": "max_new_tokens"}
+"""Words that people write for an argument."""
 
 
 def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
@@ -22,10 +24,12 @@ def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
     fields, values = _spelled(cls), {}
     for word in words:
         key, equals, text = word.lstrip("-").partition("=")
+        if not equals and word.startswith("--") and key in fields and fields[key].type is bool:
+            equals, text = "=", "true"  # --json
         if not equals:
             raise ConfigError(f"`{word}` is not an argument; write KEY=VALUE, with KEY one of {', '.join(fields)}")
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+            close = [SYNONYMS[key]] if SYNONYMS.get(key) in fields else difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
             raise ConfigError(f"{key} does not exist.{f' Did you mean {close[0]}?' if close else ''} Available: {', '.join(fields)}")
         values[key] = _converted(key, fields[key], text)
     for name, field in fields.items():

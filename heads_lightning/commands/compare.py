@@ -15,22 +15,48 @@ Arguments = CompareRequest
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`heads-lightning compare (SWEEP | RUN RUN … [by=MEASURE] [json=true | --json])`."""
-    if len(arguments) == 1 and _is_sweep(Path(arguments[0])):
-        from heads_lightning.sweeps.comparison import report
-
-        print(report(Path(arguments[0])))
+    """`heads-lightning compare (SWEEP | RUN RUN … [by=MEASURE]) [html=FILE] [--json]`."""
+    runs = [word for word in arguments if not _is_setting(word)]
+    request, _ = read(CompareRequest, [word for word in arguments if _is_setting(word)])
+    if not runs:
+        raise ConfigError("compare needs runs: heads-lightning compare runs/NAME/DATE runs/NAME/DATE")
+    if len(runs) == 1 and _is_sweep(Path(runs[0])):
+        _sweep(Path(runs[0]), request)
         return
     from heads_lightning.comparison import compare, read_run, table_text
 
-    settings = ["json=true" if word == "--json" else word for word in arguments if word == "--json" or _is_setting(word)]
-    runs = [word for word in arguments if word != "--json" and not _is_setting(word)]
-    request, _ = read(CompareRequest, settings)
-    if not runs:
-        raise ConfigError("compare needs runs: heads-lightning compare runs/NAME/DATE runs/NAME/DATE")
-    rows = [read_run(folder) for run in runs for folder in [_folder(run, request)]]
+    folders = [_folder(run, request) for run in runs]
+    rows = [read_run(folder) for folder in folders]
     comparison = compare(rows, request.by)
     print(json.dumps(comparison, indent=1) if request.json else table_text(comparison))
+    if request.html is not None:
+        from heads_lightning.html_comparison import comparison_page
+
+        _write(request.html, comparison_page(comparison, {row.name: folder for row, folder in zip(rows, folders, strict=True)}))
+
+
+def _sweep(folder: Path, request: CompareRequest) -> None:
+    """The cells of a sweep."""
+    if request.by is not None:
+        raise ConfigError(f"by={request.by} ranks runs; a sweep is ranked by the sweep.metric that it was started with: leave by out")
+    from heads_lightning.sweeps.comparison import PAGE, cells, columns, rank, report
+
+    text = report(folder)
+    if request.json:
+        comparison = rank(folder)
+        print(json.dumps([dict(zip(columns(comparison), row, strict=True)) for row in cells(comparison)], indent=1))
+    else:
+        print(text)
+    if request.html is not None:
+        _write(request.html, (folder / PAGE).read_text(encoding="utf-8"))
+
+
+def _write(file: str, text: str) -> None:
+    """Write a page; one line where that cannot be."""
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"html={file} cannot be written: {error.strerror}") from None
 
 
 def _is_sweep(folder: Path) -> bool:
@@ -40,7 +66,7 @@ def _is_sweep(folder: Path) -> bool:
 
 
 def _is_setting(word: str) -> bool:
-    return "=" in word and not Path(word).exists()  # a run folder may have an = in its name
+    return word.startswith("--") or ("=" in word and not Path(word).exists())  # a run folder may have an = in its name
 
 
 def _folder(run: str, request: CompareRequest) -> Path:

@@ -4,6 +4,7 @@ A command is one entry of COMMANDS; one whose module is not there is not shown. 
 imported.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -22,6 +23,9 @@ from heads_lightning.registry import ConfigError, RunError, nearest
 PROGRAM = "heads-lightning"
 OWN_WARNING = "heads_lightning"
 COMPLETION = ("-sc", "--shell-completion")
+QUIET = ("-q", "--quiet")
+"""Say nothing but what went wrong: standard output is thrown away, warnings and errors are not."""
+EXIT_CODES = {0: "done", 1: "failed, or found something wrong", 2: "a mistake in the command or its files", 130: "Ctrl-C", 143: "SIGTERM"}
 
 
 class Command(NamedTuple):
@@ -99,10 +103,20 @@ def run(arguments: list[str]) -> int:
     commands = available()
     if first not in commands:
         raise ConfigError(unknown_command(first, commands))
-    if any(word in ("-h", "--help") for word in rest):
+    own, texts = _before_texts(rest)
+    if any(word in ("-h", "--help") for word in own):
         print(command_help(first, commands[first]))
         return 0
-    return call(commands[first], rest)
+    if not any(word in QUIET for word in own):
+        return call(commands[first], rest)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        return call(commands[first], [*(word for word in own if word not in QUIET), *texts])
+
+
+def _before_texts(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments of the command, and `--` with the texts that follow it, which may look like flags."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:cut], arguments[cut:]
 
 
 def call(command: Command, arguments: list[str]) -> int:
@@ -123,6 +137,8 @@ def program_help() -> str:
     lines = [f"usage: {PROGRAM} COMMAND …    (COMMAND --help says more)", "", "Declarative experiments for language models.", ""]
     lines += [f"  {name:9} {command.summary}" for name, command in available().items()]
     lines += ["", "examples:", f"  {PROGRAM} train objective=mlm head=mlm", f"  {PROGRAM} list head", ""]
+    lines += ["every command: --quiet says nothing but what went wrong; --json prints data as JSON where there is data to print", ""]
+    lines += [f"exit codes: {', '.join(f'{code} {meaning}' for code, meaning in EXIT_CODES.items())}", ""]
     lines += ["tab completion:", f'  eval "$({PROGRAM} -sc install=bash)"']
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ folder exists: a mistake leaves nothing behind.
 import importlib
 import os
 import sys
+import traceback
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -110,6 +111,12 @@ def main(command: str, arguments: Sequence[str]) -> None:
                 application()
         except Refused as refused:
             raise refused.error from refused
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            if any(frame.name == _job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+            # before the job: Hydra makes its folder
+            raise ConfigError(f"the run's folder {error.filename} cannot be made ({error.strerror}); choose another place: "
+                              f"run_root=FOLDER, or hydra.run.dir=FOLDER for this run") from error  # fmt: skip
 
 
 def _with_folder(arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from heads_lightning.commands.arguments import read
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     from heads_lightning.scoring import infill
 
     model = asking.load_model(request)
-    print(infill(model, prefix, suffix, request))
+    middle = infill(model, prefix, suffix, request)
+    print(json.dumps({"prefix": prefix, "middle": middle, "suffix": suffix}) if request.json else middle)
 
 
 def _parts(request: InfillRequest, texts: list[str]) -> tuple[str, str]:

@@ -166,6 +166,18 @@ def option_name(cls: type) -> str:
     return str(getattr(default, "value", default))
 
 
+def takes_own_keys(key: str) -> bool:
+    """Whether `key` lies inside a field that is a mapping with keys of the user's own: extra.KEY, tracking.tags.KEY."""
+    parent = key.rpartition(".")[0]
+    group, _, name = parent.rpartition(".")
+    if not group:
+        return key.split(".")[0] == "extra"
+    having = (
+        [fields_of(cls)[name] for _, cls in Registry.groups[group].items() if name in fields_of(cls)] if group in Registry.groups else []
+    )
+    return key.split(".")[0] == "extra" or any(get_origin(field.type) is dict for field in having)
+
+
 def all_fields() -> list[str]:
     """Dotted names of every field of every option."""
     names = [name for name, field in fields_of(ExperimentConfig).items() if name not in Registry.groups and not is_dataclass(field.type)]

@@ -35,6 +35,7 @@ from heads_lightning.composition.describe import (
     groups,
     option_name,
     owners,
+    takes_own_keys,
 )
 from heads_lightning.composition.store import sections
 from heads_lightning.configs.base import Option
@@ -129,7 +130,7 @@ def check_overrides(overrides: Sequence[str], config_dir: str | Path | None = No
 
 
 def _check_addition(key: str, text: str) -> None:
-    if key.split(".")[0] == "extra" or key in sections():
+    if takes_own_keys(key) or key in sections():
         return
     bare = text.lstrip("+")
     if key in groups() or key in all_fields():
@@ -242,6 +243,8 @@ def _suggestion(key: str) -> str:
     exact = [field for field in known if field.split(".")[-1] == name] or ([SYNONYMS[name]] if name in SYNONYMS else [])
     if exact:
         return f" Did you mean {' or '.join(exact)}?"
+    if options := [f"{group}={key}" for group in groups() if key in group_options(group)]:
+        return f" Did you mean {' or '.join(options)}?"
     if "." not in key and (group := _near(key, groups())):
         return group
     by_leaf = {field.split(".")[-1]: field for field in reversed(known)}
@@ -284,8 +287,14 @@ def _wrong_value(error: ValidationError, overrides: Sequence[str]) -> str:
 
 def field_at(key: str, owner: type | None) -> Field | None:
     """The field that a dotted name stands for, given the class that holds it."""
-    name = re.sub(r"\[.*", "", key.rpartition(".")[2])
-    return fields_of(owner).get(name) if owner is not None and is_dataclass(owner) else None
+    section, _, name = re.sub(r"\[.*", "", key).rpartition(".")
+    if owner is not None and is_dataclass(owner):
+        return fields_of(owner).get(name)
+    # an entry of a list, which knows no class: any option of the group that has the list
+    having = (
+        (fields_of(Registry.groups[section][option]).get(name) for option in owners(section, name)) if section in Registry.groups else ()
+    )
+    return next(iter(having), None)
 
 
 def expected(key: str, field: Field, value: Any) -> str:
@@ -303,8 +312,9 @@ def expected(key: str, field: Field, value: Any) -> str:
     if is_dataclass(field.type):
         return f"{key} has fields of its own: {', '.join(f'{key}.{name}' for name in fields_of(field.type))}"
     if field.type_name.startswith("list"):
-        example = value if not isinstance(value, str | dict) else "…"
-        return f"{key} takes a {field.type_name}, e.g. {key}=[{example}]"
+        key = key.partition("[")[0]
+        example = ",".join(map(str, field.default)) if isinstance(field.default, list) and field.default else "…"
+        return f"{key} takes a {field.type_name}, e.g. {key}=[{example if isinstance(value, str | dict) or '[' in str(value) else value}]"
     return f"{key} takes {field.type_name}"
 
 

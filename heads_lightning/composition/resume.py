@@ -15,6 +15,15 @@ from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, Registry
 
 CONFIG_FILE = "config.yaml"
+FREE = {"backbone": ("dropout",), "head": ("loss_implementation", "z_loss_multiplier", "label_smoothing"), "tokenizer": ()}
+"""Fields of the parts whose weights or ids are saved that may change under a trained model; no other one may."""
+
+
+def _check_field(reference: str, key: str, kept: Any, given: Any) -> None:
+    """Refuse another value of what the weights were trained with."""
+    group, _, field = key.partition(".")
+    if group in FREE and field not in FREE[group] and given != kept:
+        raise ConfigError(f"resume={reference} goes on with {key}={kept}; leave out {key}=…, or start a new run")
 
 
 def resumed_config(run_dir: Path, reference: str, overrides: Sequence[str]) -> ExperimentConfig:
@@ -35,6 +44,7 @@ def resumed_config(run_dir: Path, reference: str, overrides: Sequence[str]) -> E
         if key in Registry.groups or key == "experiment":
             kept = parts[key]["name"] if key in parts else "its own"
             raise ConfigError(f"resume={reference} goes on with {key}={kept}; leave out {key}=…, or start a new run")
+        _check_field(reference, key, OmegaConf.select(tree, key), override.value())
         OmegaConf.update(tree, key, override.value(), merge=True)
     tree.resume = reference
     return from_yaml(yaml.safe_dump(OmegaConf.to_container(tree)))

@@ -32,6 +32,8 @@ class SamplingRequest(ModelRequest):
     """Draw from the likeliest tokens that together have this probability. None: all."""
     seed: int = 0
     """Seed of the draws."""
+    json: bool = False
+    """Print the answer as JSON (`--json` does too)."""
     steps: int | None = None
     """Masked diffusion: passes of the model over the max_new_tokens masks that it fills, all of them. None: one a token."""
 
@@ -78,7 +80,7 @@ class EvaluateRequest(ModelRequest):
     infill_lines: int | None = None
     """Hidden lines. None: as in the run's config."""
     json: bool = False
-    """Print the numbers as JSON alone."""
+    """Print the numbers as JSON alone (`--json` does too)."""
     save: bool = False
     """Write the numbers to the run's evaluation.json, where `compare` reads them."""
     problems: str | None = None
@@ -141,3 +143,5 @@ class CompareRequest:
     """Folder that holds runs: where an MLflow run id is looked up."""
     json: bool = False
     """Print JSON (`--json` does too)."""
+    html: str | None = None
+    """File to write the comparison to as a page that needs nothing else: table and learning curves."""

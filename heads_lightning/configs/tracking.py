@@ -61,13 +61,15 @@ class MLflowConfig(TrackingConfig):
     experiment: str = "heads_lightning"
     """MLflow experiment that the run belongs to."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Tags of your own on the run, e.g. `tracking.tags.team=speech`."""
+    """Tags of your own on the run, e.g. `+tracking.tags.team=speech`."""
     flush_seconds: float = 5.0
     """Longest time in seconds that a value is in the run folder only, before it is sent to the store."""
     exit_seconds: float = 10.0
     """Longest time in seconds that the end of a run waits for a store that does not answer. What is unsent stays in the run folder."""
     system_metrics: bool = True
     """Log processor, memory and (where there is one) GPU use, every 10 seconds."""
+    log_model: bool = False
+    """At the end of a run, write its model so that `mlflow models predict` infills with it, and send it: the weights once more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -312,7 +312,7 @@ class _Preparation:
             left_out = ", ".join(f"{count} {problem}" for problem, count in self._problems.items()) or "none read"
             message = f"data={name} has no usable documents ({left_out})"
         elif documents == 1:
-            message = f"data={name} has one document; it takes 2 or more, one of them to hold out"
+            message = f"data={name} has one document; it takes 2 or more, one of them to hold out: name a folder or patterns that find more"
         elif splits[VALIDATION].documents == 0:
             works = np.ceil((self._lowest_place + 1e-9) * 1000) / 1000
             message = (

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from heads_lightning.html_comparison import cells_page
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps import settings
 from heads_lightning.sweeps.ledger import Entry, Ledger, State
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from heads_lightning.training.tracking import RunLog
 
-SUMMARY = "summary.txt"
+SUMMARY, PAGE = "summary.txt", "report.html"
 CURVES, PARALLEL, TABLE = "curves.png", "parallel.png", "comparison.json"
 MOST_IN_LEGEND = 12
 
@@ -114,10 +115,25 @@ def compare(sweep_dir: Path, *, log: "RunLog | None" = None) -> Comparison:
             figure.savefig(folder / name)
         else:
             log.log_figure(name, figure)
+    (sweep_dir / PAGE).write_text(page(sweep_dir, comparison), encoding="utf-8")
     if log is not None:
         log.log_table(TABLE, columns=columns(comparison), rows=cells(comparison))
         log.log_text(SUMMARY, summary(sweep_dir))
+        log.log_file(sweep_dir / PAGE)
     return comparison
+
+
+def page(sweep_dir: Path, comparison: Comparison) -> str:
+    """The sweep on one page, its pictures drawn already."""
+    return cells_page(
+        f"{sweep_dir.parent.name}/{sweep_dir.name}",
+        columns=columns(comparison),
+        rows=cells(comparison),
+        folders={f"{row.entry.number}: {row.entry.label}": sweep_dir / row.entry.folder for row in comparison.rows},
+        metric=comparison.metric,
+        pictures=[sweep_dir / ARTIFACTS / PARALLEL],
+        notes=[f"cell {row.entry.number} {row.entry.state}: {row.entry.reason}" for row in comparison.rows if row.entry.reason],
+    )
 
 
 def report(sweep_dir: Path) -> str:
@@ -127,11 +143,12 @@ def report(sweep_dir: Path) -> str:
     from heads_lightning.training.tracking import send_later
 
     compare(sweep_dir)
-    notes = [f"pictures: {sweep_dir / ARTIFACTS / CURVES}, {sweep_dir / ARTIFACTS / PARALLEL}"]
+    notes = [f"pictures: {sweep_dir / PAGE}, {sweep_dir / ARTIFACTS / CURVES}, {sweep_dir / ARTIFACTS / PARALLEL}"]
     if (sweep_dir / EVENTS).exists() and read_header(sweep_dir).uri is not None:
         lines = JsonLines(sweep_dir / EVENTS)
         for name in (CURVES, PARALLEL):
             lines.append(event("file", path=f"{ARTIFACTS}/{name}", folder=""))
+        lines.append(event("file", path=PAGE, folder=""))
         lines.close()
         try:
             notes += ["MLflow does not answer; the pictures are sent with the next command"] * any(send_later(sweep_dir))

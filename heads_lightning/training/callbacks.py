@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -85,7 +86,7 @@ class MetricsCallback(Callback):
             self._since += time.perf_counter() - self._pause
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         step = trainer.global_step
-        self.latest |= values
+        self.latest = self.latest | values
         self.record(values, step, step * self.tokens_per_step)
         self.flush()
 
@@ -107,7 +108,7 @@ class MetricsCallback(Callback):
             return
         values = self._values(trainer, pl_module) | self._judge_steps(pl_module, step)
         self._check_loader(values, step)
-        self.latest |= values
+        self.latest = self.latest | values
         self.record(values, step, step * self.tokens_per_step)
         pl_module.totals.clear()
         self._restart_clock()
@@ -173,7 +174,11 @@ class MetricsCallback(Callback):
 
 
 class ProgressCallback(Callback):
-    """A live bar on a terminal; elsewhere a plain line whenever a point is logged, at most one every few seconds."""
+    """A live bar on a terminal; elsewhere a plain line whenever a point is logged, at most one every few seconds.
+
+    Both say the stage, the newest numbers, the memory of the process (of the device, where there is one) and the time that is left. A
+    step costs a comparison: the numbers are put together when they are new, and drawn four times a second.
+    """
 
     PLAIN_SECONDS = 5.0
 
@@ -182,9 +187,13 @@ class ProgressCallback(Callback):
         self.console = console
         self.progress: Progress | None = None
         self._last_line = 0.0
+        self._began = 0.0
+        self._first_step = 0
+        self._shown: dict[str, float] | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Open the bar."""
+        self._began, self._first_step = time.perf_counter(), trainer.global_step
         if not self.console.is_terminal:
             return
         self.progress = Progress(
@@ -197,7 +206,7 @@ class ProgressCallback(Callback):
             refresh_per_second=4,
         )
         self.progress.start()
-        self.task = self.progress.add_task("train", total=float(trainer.num_training_batches), numbers="")
+        self.task = self.progress.add_task("train", total=float(trainer.num_training_batches), completed=self._first_step, numbers="")
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -205,17 +214,42 @@ class ProgressCallback(Callback):
         """Move the bar, or print a line."""
         step = batch_idx + 1
         if self.progress is not None:
-            self.progress.update(self.task, completed=step, numbers=self._numbers())
+            self.progress.update(self.task, completed=step)
+            self._refresh()
             return
-        due = step % self.metrics.every_steps == 0 and time.perf_counter() - self._last_line >= self.PLAIN_SECONDS
-        if due or step == trainer.num_training_batches:
+        last = step == trainer.num_training_batches
+        if (step % self.metrics.every_steps == 0 and time.perf_counter() - self._last_line >= self.PLAIN_SECONDS) or last:
             self._last_line = time.perf_counter()
-            self.console.print(f"step {step}/{trainer.num_training_batches}  {self._numbers()}", highlight=False)
+            left = "" if last else f"  {self._left(step, int(trainer.num_training_batches))} left"
+            self.console.print(f"train {step}/{trainer.num_training_batches}  {self._numbers()}{left}", highlight=False, soft_wrap=True)
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Say that it is not training that takes the time."""
+        if self.progress is not None:
+            self.progress.update(self.task, description="validate")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Back to training."""
+        if self.progress is not None:
+            self.progress.update(self.task, description="train")
+            self._refresh()
+
+    def _refresh(self) -> None:
+        """Put the numbers on the bar where they are new."""
+        if self.progress is not None and self.metrics.latest is not self._shown:
+            self._shown = self.metrics.latest
+            self.progress.update(self.task, numbers=self._numbers())
 
     def _numbers(self) -> str:
         shown = [("loss", "train/loss", "{:.3f}"), ("val", "val/loss", "{:.3f}"), ("tok/s", "speed/tokens_per_second", "{:,.0f}")]
         latest = self.metrics.latest
-        return "  ".join(f"{name} {form.format(latest[key])}" for name, key, form in shown if key in latest)
+        texts = [f"{name} {form.format(latest[key])}" for name, key, form in shown if key in latest]
+        return "  ".join([*texts, f"{memory_gigabytes():.1f} GB"])
+
+    def _left(self, step: int, steps: int) -> str:
+        """Time that the steps to come take at the pace so far, validation and checkpoints included: 0:12:05."""
+        pace = (time.perf_counter() - self._began) / max(step - self._first_step, 1)
+        return str(timedelta(seconds=round(pace * (steps - step))))
 
     def close(self) -> None:
         """Leave the terminal in order."""
@@ -230,3 +264,12 @@ class ProgressCallback(Callback):
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
         """Close the bar."""
         self.close()
+
+
+def memory_gigabytes() -> float:
+    """Memory held: the most that this run has taken on its GPU, else what the process has resident now. 1 GB is 10^9 bytes."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e9

@@ -73,11 +73,16 @@ def read_checkpoint(path: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     except Exception as error:
         others = [p for p in saved_checkpoints(path.parent) if p != path]
         instead = f"; use the one before it: {others[-1]}" if others else "; no other checkpoint lies beside it"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"checkpoint {path} is damaged or not a checkpoint ({first_line[:120]}){instead}") from error
+        raise ConfigError(f"checkpoint {path} is damaged or not a checkpoint ({_reason(error)}){instead}") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise ConfigError(f"checkpoint {path} was not written by heads_lightning (it has no entry {KEY!r})")
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error; of torch's long ones, what they mean."""
+    text = str(error).strip() or type(error).__name__
+    return "no tensors saved by torch" if text.startswith("Weights only load failed") else text.splitlines()[0].split(". ")[0][:120]
 
 
 def _read(path: Path, map_location: Any) -> dict[str, Any]:

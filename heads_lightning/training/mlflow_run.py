@@ -4,9 +4,8 @@ Each record of the folder is sent once: the offset behind the last record that t
 does not answer raises NotSent and nothing moves; a value that the store refuses for good is named, left out and does not block the rest.
 """
 
+import json
 import math
-import posixpath
-import re
 import time
 import zlib
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from heads_lightning.registry import ConfigError
+from heads_lightning.training.mlflow_limits import MAX_DATASET_NAME, MAX_KEY, MAX_PARAM, MAX_TAG, allowed_name, cut
 from heads_lightning.training.mlflow_store import HEARTBEAT_TAG, RUN_DIR_TAG, Store, connect, experiment_id, file_lock
 from heads_lightning.training.run_folder import (
     EVENTS,
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
 
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
-MAX_KEY = 250
-MAX_PARAM = 6000
-MAX_TAG = 5000
-"""MLflow's own limits; servers differ on tags (5000 to 8000)."""
-CUT = " … (cut)"
+FINAL = ("INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
+"""Errors of MLflow that another try does not change."""
+STEP_TAG = "step"
+"""Optimizer steps that a model was trained for."""
 
 
 class NotSent(Exception):
@@ -103,7 +102,6 @@ class MlflowRun:
         self._said: set[str] = set()
         self._client: MlflowClient | None = None
         self._sent: dict[str, Any] = {}
-        self._final: tuple[str, float] | None = None
         self._names: dict[str, str] = {}
 
     def attach(self, *, live: bool) -> None:
@@ -147,14 +145,23 @@ class MlflowRun:
 
     def close(self, *, default: str) -> None:
         """Give the run the status that its folder records, or `default` where it does not say (training was killed)."""
-        status, when = self._final or (default, time.time())
-        if self._final is None:
+        ending = self._ending()
+        status, when = ending or (default, time.time())
+        if ending is None:
             self.set_tags({"ended": "the process disappeared without closing its run"})
         assert self._client is not None
         if status in ("RUNNING", "SCHEDULED"):  # handed to a scheduler that starts it again: not an end
             self._call(self._client.update_run, self.run_id, status=status)
         else:
             self._call(self._client.set_terminated, self.run_id, status, int(when * 1000))
+
+    def _ending(self) -> tuple[str, float] | None:
+        """(status, time) of the end that the folder records, by this process or an earlier one; a run that was resumed since has none."""
+        ending = None
+        for record in read_records(self.run_dir / EVENTS):
+            if record.get("kind") in ("open", "finish"):
+                ending = (record["status"], record["time"]) if record["kind"] == "finish" else None
+        return ending
 
     def heartbeat(self) -> None:
         """A sign of life, for `reap`."""
@@ -164,7 +171,7 @@ class MlflowRun:
         """Set tags; long values are cut, visibly."""
         from mlflow.entities import RunTag
 
-        wanted = [RunTag(_key(k), _cut(str(v), MAX_TAG)) for k, v in tags.items()]
+        wanted = [RunTag(allowed_name(k), cut(str(v), MAX_TAG)) for k, v in tags.items()]
         for i in range(0, len(wanted), PARAMS_PER_BATCH):
             self._batch(tags=wanted[i : i + PARAMS_PER_BATCH])
 
@@ -218,9 +225,9 @@ class MlflowRun:
     def _metric_name(self, name: str) -> str:
         """A name that MLflow takes; two names that would become one are told apart."""
         if name not in self._names:
-            key = _key(name)
+            key = allowed_name(name)
             if key in self._names.values():
-                key = _key(f"{key[: MAX_KEY - 9]}_{zlib.crc32(name.encode()):08x}")
+                key = allowed_name(f"{key[: MAX_KEY - 9]}_{zlib.crc32(name.encode()):08x}")
             if key != name:
                 self._tell_once(f"MLflow cannot hold the metric name {name!r}; there it is called {key!r}")
             self._names[name] = key
@@ -242,21 +249,21 @@ class MlflowRun:
 
     def _send_event(self, record: dict[str, Any]) -> None:
         kind = record.get("kind")
-        if kind == "open":
-            self._final = None  # a run that was resumed is not over, whatever it said before
-        elif kind == "finish":
-            self._final = (record["status"], record["time"])
-        elif kind == "tags":
+        if kind == "tags":
             self.set_tags(record["tags"])
         elif kind == "params":
             self._send_params(record["params"])
         elif kind == "file":
             self._send_file(record)
+        elif kind == "datasets":
+            self._send_datasets(record["datasets"])
+        elif kind == "model":
+            self._send_model(Path(record["path"]), record["step"])
 
     def _send_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        wanted = [Param(_key(k), _cut(v, MAX_PARAM)) for k, v in params.items()]
+        wanted = [Param(allowed_name(k), cut(v, MAX_PARAM)) for k, v in params.items()]
         for i in range(0, len(wanted), PARAMS_PER_BATCH):
             self._batch(params=wanted[i : i + PARAMS_PER_BATCH])
 
@@ -270,6 +277,49 @@ class MlflowRun:
             self._call(self._client.log_artifact, self.run_id, str(path), record["folder"] or None)
         except Refused as error:
             self._tell_once(f"MLflow refuses the file {path}: {error}")
+
+    def _send_datasets(self, datasets: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for fact in datasets:
+            source, profile = json.dumps(fact["source"]), json.dumps(fact["profile"])
+            dataset = Dataset(cut(fact["name"], MAX_DATASET_NAME), fact["digest"], fact["source_type"], source, profile=profile)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", fact["context"])]))
+        assert self._client is not None
+        try:
+            self._call(self._client.log_inputs, self.run_id, inputs)
+        except Refused as error:
+            self._tell_once(f"MLflow refuses the run's datasets: {error}")
+
+    def _send_model(self, folder: Path, step: int) -> None:
+        """A model of the run's experiment, with the run as its source; plain files of the run where a server knows no such models."""
+        if not folder.is_dir():
+            self._tell_once(f"{folder} was to be sent to MLflow but is gone")
+            return
+        assert self._client is not None
+        client = self._client
+        try:
+            model_id = self._call(self._model_id, client, step)
+            self._call(client.log_model_artifacts, model_id, str(folder))
+            self._call(client.finalize_logged_model, model_id, "READY")
+        except Refused as error:
+            self._tell_once(f"MLflow takes no models ({error}); {folder.name} is sent as files of the run")
+            self._send_file({"path": str(folder), "folder": ""})
+
+    def _model_id(self, client: "MlflowClient", step: int) -> str:
+        """The run's model of that step; one that was begun before a crash is gone on with."""
+        from mlflow.entities import LoggedModelOutput
+
+        assert self.run_id is not None
+        assert self.experiment_id is not None
+        begun = client.search_logged_models([self.experiment_id], f"source_run_id = '{self.run_id}'")
+        for model in begun:
+            if model.tags.get(STEP_TAG) == str(step):
+                return model.model_id
+        model = client.create_logged_model(self.experiment_id, "model", self.run_id, {STEP_TAG: str(step)}, model_type="text")
+        client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step)])
+        return model.model_id
 
     # The store
 
@@ -292,7 +342,7 @@ class MlflowRun:
         except ConfigError as error:
             raise NotSent(str(error)) from error
         except Exception as error:  # clients of databases, HTTP and object stores each raise their own
-            if getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
+            if getattr(error, "error_code", "") in FINAL:
                 raise Refused(self.store.hide_password(_reason(error))) from error
             raise NotSent(self.store.hide_password(_reason(error))) from error
 
@@ -336,17 +386,6 @@ def _count(path: Path, offset: int, weigh: Callable[[dict[str, Any]], int]) -> i
         offset = lines.end
 
 
-def _key(name: str) -> str:
-    """The nearest name that MLflow takes: letters, digits and `_ - . space : /`, a relative path, 250 characters."""
-    key = posixpath.normpath(re.sub(r"[^\w.\- :/]", "_", name, flags=re.ASCII).lstrip("/") or "_")
-    key = re.sub(r"^(\.\.?/)+|^\.\.?$", "_", key)
-    return key[:MAX_KEY].rstrip("/")
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - len(CUT)] + CUT
-
-
 def _reason(error: BaseException) -> str:
     """One line of what may be a page."""
     text = str(error) or type(error).__name__
@@ -354,7 +393,7 @@ def _reason(error: BaseException) -> str:
         return "connection refused"
     if "timed out" in text or "timeout" in text.lower():
         return "no answer in time"
-    return _cut(text.strip().splitlines()[0], 300)
+    return cut(text.strip().splitlines()[0], 300)
 
 
 def stored_address(store: Store) -> Store:

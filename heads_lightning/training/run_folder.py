@@ -49,6 +49,22 @@ class Point(NamedTuple):
     """May hold NaN and infinity."""
 
 
+class Dataset(NamedTuple):
+    """Something that a run reads."""
+
+    name: str
+    digest: str
+    """Equal for equal contents; 36 characters at most."""
+    context: str
+    """What it is read for: `train` or `validation`."""
+    source_type: str
+    """`local` or `hugging_face`."""
+    source: dict[str, Any]
+    """Where it comes from; of a local one, `uri` is its folder."""
+    profile: dict[str, int]
+    """Its sizes."""
+
+
 class JsonLines:
     """Appends records to a file. A full disk costs the records that do not fit and one warning, never the run."""
 

@@ -119,7 +119,7 @@ class CheckpointCallback(Callback):
         self._writer: FolderWriter | None = None
         self._best = BestCheckpoints(run_dir / FOLDER, config)
         self._random_states: list[dict[str, Any]] | None = None
-        self.saved_step = -1
+        self.saved_step = self._resumed_step = -1
         self._begun = -1
         self._stop_signal: int | None = None
         self._previous: dict[int, Any] = {}
@@ -137,6 +137,8 @@ class CheckpointCallback(Callback):
         assert isinstance(pl_module, LanguageModule)
         self._random_states = checkpoint[KEY]["random_states"]
         pl_module.bad_steps = checkpoint[KEY]["bad_steps"]
+        if checkpoint_path(self.run_dir, checkpoint["global_step"]).exists():
+            self.saved_step = self._resumed_step = checkpoint["global_step"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Take over the signals (after Lightning took them) and set the random state."""
@@ -231,6 +233,8 @@ class CheckpointCallback(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Nothing is left unsaved."""
         step = int(trainer.num_training_batches)
+        if self._resumed_step == step:
+            self.warn(f"{self.run_dir} has done its {step} steps already; to go on: trainer.max_steps={2 * step}")
         if self.saved_step != step and trainer.global_step:
             raise ConfigError(
                 f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and resume"

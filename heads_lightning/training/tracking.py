@@ -36,6 +36,7 @@ from heads_lightning.training.run_folder import (
     EVENTS,
     METRICS,
     PROVENANCE,
+    Dataset,
     JsonLines,
     Point,
     event,
@@ -78,6 +79,14 @@ class RunLog(ABC):
     @abstractmethod
     def log_table(self, name: str, *, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Record a table as artifacts/`name` (.json), in the form that MLflow's page shows as a table."""
+
+    @abstractmethod
+    def log_datasets(self, datasets: Sequence[Dataset]) -> None:
+        """Record what the run reads."""
+
+    @abstractmethod
+    def log_model(self, folder: Path, *, step: int) -> None:
+        """Record a folder in MLflow's format of a model (served_model.py), trained for `step` optimizer steps. It must stay."""
 
     @abstractmethod
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -131,6 +140,12 @@ class NullRunLog(RunLog):
         pass
 
     def log_table(self, name: str, *, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        pass
+
+    def log_datasets(self, datasets: Sequence[Dataset]) -> None:
+        pass
+
+    def log_model(self, folder: Path, *, step: int) -> None:
         pass
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
@@ -209,6 +224,12 @@ class FolderRunLog(RunLog):
         path = self._artifact(name)
         path.write_text(json.dumps({"columns": list(columns), "data": [list(row) for row in rows]}), encoding="utf-8")
         self._record_artifact(path)
+
+    def log_datasets(self, datasets: Sequence[Dataset]) -> None:
+        self.record("datasets", datasets=[dataset._asdict() for dataset in datasets])
+
+    def log_model(self, folder: Path, *, step: int) -> None:
+        self.record("model", path=str(folder.resolve()), step=step)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self.record("tags", tags={str(k): str(v) for k, v in tags.items()})
