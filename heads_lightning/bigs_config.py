@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from heads_lightning.configs.backbone import BiGSBackboneConfig, CausalForm, Convolution, Direction, GateActivation, Position
+from heads_lightning.configs.bigs import BiGSBackboneConfig
+from heads_lightning.configs.layers import CausalForm, Convolution, Direction, GateActivation, Position
 
 
 class BiGSConfig(PreTrainedConfig):
@@ -40,7 +41,7 @@ class BiGSConfig(PreTrainedConfig):
     direction: str = "bidirectional"
     """bidirectional (BiGSForMaskedLM) or causal (BiGSForCausalLM)."""
     causal_form: str = "dual"
-    """dual, gate or single: see configs.backbone.CausalForm."""
+    """dual, gate or single: see configs.layers.CausalForm."""
     gate_activation: str = "gelu_tanh"
     """gelu_tanh, as the published checkpoints were trained; gelu, as the published PyTorch port computes."""
     convolution: str = "auto"

@@ -53,7 +53,8 @@ class GeneratesFromState(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As transformers does, for masks that end with a token."""
         check_mask(attention_mask, 0 if attention_mask is None else attention_mask.shape[-1])
-        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+        theirs: Any = super()
+        return theirs.prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
 
 
 def check_mask(attention_mask: Tensor | None, read: int) -> None:

@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import save_file
 
 import heads_lightning  # noqa: F401 (the Auto classes know BiGS)
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion import StateConverter
 from heads_lightning.conversion.families import FAMILIES, Family, NativeModel
 from heads_lightning.conversion.native import NativeLM

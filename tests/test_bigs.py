@@ -23,7 +23,8 @@ from heads_lightning.backbones.bigs import BiGS
 from heads_lightning.backbones.ssm import S4D
 from heads_lightning.batch import PADDING, Attention
 from heads_lightning.composition import compose
-from heads_lightning.configs.backbone import BiGSBackboneConfig, CausalForm, Convolution, Direction, GateActivation, Position
+from heads_lightning.configs.bigs import BiGSBackboneConfig
+from heads_lightning.configs.layers import CausalForm, Convolution, Direction, GateActivation, Position
 from heads_lightning.registry import ConfigError, RunError
 from heads_lightning.testing import check_leaks
 from heads_lightning.testing.backbones import batch_of, changed_at, draw_tokens, enlarged

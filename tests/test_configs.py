@@ -16,9 +16,10 @@ from heads_lightning.composition import config_hash, flatten, from_yaml, prepare
 from heads_lightning.composition.describe import documents, fields_of, group_options, groups, owners, summary
 from heads_lightning.composition.store import conf_dir
 from heads_lightning.composition.validation import _machine, available_gpus
-from heads_lightning.configs.backbone import BackboneConfig, TransformerConfig, backbones
+from heads_lightning.configs.backbone import BackboneConfig, backbones
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.objective import objectives
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.registry import ConfigError, Registry
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from torch import Tensor
 from heads_lightning.backbones.transformer import Transformer
 from heads_lightning.batch import Attention, Examples
 from heads_lightning.composition import prepare_store
-from heads_lightning.configs.backbone import TransformerConfig, backbones
+from heads_lightning.configs.backbone import backbones
 from heads_lightning.configs.head import DefaultLMHeadConfig, LMHeadConfig, LMLossImplementation, MLMHeadConfig, heads
 from heads_lightning.configs.objective import (
     CausalConfig,
@@ -35,6 +35,7 @@ from heads_lightning.configs.objective import (
     SPMLayout,
     objectives,
 )
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.heads import DefaultLMHead, MLMHead
 from heads_lightning.losses import Projection, default
 from heads_lightning.objectives.base import SampleRandom

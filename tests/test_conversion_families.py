@@ -13,8 +13,8 @@ from torch import Tensor
 
 from heads_lightning import AutoModelForCausalLMWithValueHead
 from heads_lightning.bigs_models import PUBLISHED_NAMES, ours_from_published
-from heads_lightning.configs.backbone import NGPTConfig, TransformerConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig, NormalizedLMHeadConfig
+from heads_lightning.configs.transformer import NGPTConfig, TransformerConfig
 from heads_lightning.conversion import StateConverter
 from heads_lightning.conversion.families import (
     FAMILIES,

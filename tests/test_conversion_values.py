@@ -157,10 +157,11 @@ def test_an_imported_value_model_has_trunk_and_head(tmp_path: Path) -> None:
     folder, _, backbone, head = native_run(tmp_path / "run", *VALUE, "head.lm_weight=0.3")
     run(folder, tmp_path / "hf", HUGGINGFACE)
     overrides = ["objective=value", "head=value", "head.lm_weight=1", "backbone=huggingface_import", f"backbone.source={tmp_path / 'hf'}"]
-    said: list[str] = []
     config = compose([*overrides, "tokenizer=byte", "tokenizer.num_sentinels=0"])
-    got_backbone, got_head = build_model(config, TOKENIZER.vocabulary.size, say=said.append)
-    assert len(said) == 1
+    got_backbone, got_head = build_model(config, TOKENIZER.vocabulary.size)
+    said = config.backbone.load_pretrained(got_backbone, got_head)
+    assert [line.partition(":")[0] for line in said] == ["backbone", "head"]
+    assert "fresh" not in str(said)
     assert all(torch.equal(t, got_backbone.state_dict()[n]) for n, t in backbone.state_dict().items())
     assert all(torch.equal(t, got_head.state_dict()[n]) for n, t in head.state_dict().items())
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Backbone
 from heads_lightning.batch import IGNORE, Attention, Batch
-from heads_lightning.configs.backbone import BiGSBackboneConfig, Direction, NGPTConfig, Position, TransformerConfig
+from heads_lightning.configs.bigs import BiGSBackboneConfig
+from heads_lightning.configs.layers import Direction, Position
+from heads_lightning.configs.transformer import NGPTConfig, TransformerConfig
 from heads_lightning.generation import generate, infill, score
 
 VOCAB = 37

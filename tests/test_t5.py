@@ -12,8 +12,8 @@ from torch import Tensor
 from heads_lightning.backbones.masks import AttentionMask, t5_extended_attention_mask, t5_position_ids
 from heads_lightning.backbones.t5 import T5
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch
-from heads_lightning.configs.backbone import FeedForward
 from heads_lightning.configs.base import NormType
+from heads_lightning.configs.layers import FeedForward
 from heads_lightning.configs.t5 import T5Config, T5LMHeadConfig, T5Position, T5Preset
 from heads_lightning.generation import generate
 from heads_lightning.registry import ConfigError

@@ -15,7 +15,6 @@ from objective_data import stream, vocabulary, windows
 
 from heads_lightning.batch import IGNORE, PADDING, Batch
 from heads_lightning.composition import compose
-from heads_lightning.configs.backbone import NGPTConfig, TransformerConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig
 from heads_lightning.configs.objective import (
     CausalConfig,
@@ -31,6 +30,7 @@ from heads_lightning.configs.objective import (
     objectives,
 )
 from heads_lightning.configs.tokenizer import BPEConfig, ByteConfig
+from heads_lightning.configs.transformer import NGPTConfig, TransformerConfig
 from heads_lightning.data.datamodule import StepBatches
 from heads_lightning.data.shards import Shard
 from heads_lightning.data.stream import SampleStream

@@ -20,7 +20,7 @@ from value_data import inputs, tiny_model
 
 from heads_lightning import AutoModelForCausalLMWithValueHead
 from heads_lightning.batch import IGNORE, Attention, Batch
-from heads_lightning.configs.backbone import TransformerConfig
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.configs.value import ValueHeadConfig, ValueInit
 
 pytestmark = pytest.mark.distributed

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from heads_lightning.backbones import ssm
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import BiGSBackboneConfig, Convolution, Direction, Position, TransformerConfig
+from heads_lightning.configs.bigs import BiGSBackboneConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig
+from heads_lightning.configs.layers import Convolution, Direction, Position
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.generation import reading_mode
 from heads_lightning.testing.backbones import batch_of
 

@@ -18,7 +18,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import BackboneConfig, BiGSBackboneConfig, CausalForm, Direction, NGPTConfig, TransformerConfig
+from heads_lightning.configs.backbone import BackboneConfig
+from heads_lightning.configs.bigs import BiGSBackboneConfig
+from heads_lightning.configs.layers import CausalForm, Direction
+from heads_lightning.configs.transformer import NGPTConfig, TransformerConfig
 from heads_lightning.testing.backbones import enlarged
 from heads_lightning.testing.leaks import VOCABULARY, final_loss, independent_token_losses, perturbation_influence
 

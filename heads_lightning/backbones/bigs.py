@@ -24,7 +24,8 @@ from heads_lightning.backbones.base import Backbone, Cache
 from heads_lightning.backbones.layers import compute_dtype, positions_in_segments
 from heads_lightning.backbones.ssm import S4D, State
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import BiGSBackboneConfig, GateActivation, Position
+from heads_lightning.configs.bigs import BiGSBackboneConfig
+from heads_lightning.configs.layers import GateActivation, Position
 from heads_lightning.registry import ConfigError
 
 GATES: dict[GateActivation, Callable[[Tensor], Tensor]] = {

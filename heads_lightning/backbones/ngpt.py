@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from heads_lightning.backbones.base import Backbone, Cache
 from heads_lightning.backbones.layers import KeyValueCache, Reading, attend, prepare_reading, rotate
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import NGPTConfig
+from heads_lightning.configs.transformer import NGPTConfig
 
 
 def unit(x: Tensor, dim: int = -1) -> Tensor:

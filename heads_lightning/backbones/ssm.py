@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from heads_lightning.configs.backbone import Convolution
+from heads_lightning.configs.layers import Convolution
 from heads_lightning.registry import RunError
 
 LEAST_DECAY = 1e-4

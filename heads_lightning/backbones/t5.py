@@ -19,7 +19,7 @@ from heads_lightning.backbones.masks import AttentionMask, t5_position_ids
 from heads_lightning.backbones.t5_attention import Attention, RelativeBias, Sight, make_sight
 from heads_lightning.batch import Attention as AttentionKind
 from heads_lightning.batch import Batch
-from heads_lightning.configs.backbone import FeedForward
+from heads_lightning.configs.layers import FeedForward
 from heads_lightning.configs.t5 import T5Config, T5Position
 from heads_lightning.registry import ConfigError
 

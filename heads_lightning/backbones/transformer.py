@@ -27,8 +27,8 @@ from heads_lightning.backbones.layers import (
     rotary_tables,
 )
 from heads_lightning.batch import Attention, Batch
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import AttentionBias, FeedForward, NormPlacement, Position, QKNormWidth
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.registry import ConfigError
 
 

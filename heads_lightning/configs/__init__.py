@@ -1,7 +1,11 @@
 """Every typed setting, one file per group. Nothing here imports torch: a config validates on a login node in milliseconds."""
 
+from heads_lightning.configs import transformer  # the default comes first wherever options are listed
+
+# isort: split
 from heads_lightning.configs import (
     backbone,
+    bigs,
     data,
     evaluation,
     experiment,
@@ -22,6 +26,7 @@ from heads_lightning.configs.experiment import ExperimentConfig
 __all__ = [
     "ExperimentConfig",
     "backbone",
+    "bigs",
     "data",
     "evaluation",
     "experiment",
@@ -35,5 +40,6 @@ __all__ = [
     "tokenizer",
     "tracking",
     "trainer",
+    "transformer",
     "value",
 ]

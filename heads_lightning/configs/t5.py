@@ -10,9 +10,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import Activation, BackboneConfig, FeedForward, backbones
+from heads_lightning.configs.backbone import BackboneConfig, backbones
 from heads_lightning.configs.base import DType, LayerNormConfig, NormType
 from heads_lightning.configs.head import LMHeadConfig, heads
+from heads_lightning.configs.layers import Activation, FeedForward
 from heads_lightning.registry import ConfigError
 
 if TYPE_CHECKING:

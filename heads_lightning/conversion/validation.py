@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import Position
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion.converter import StateConverter
 from heads_lightning.conversion.families.base import Family, NativeModel
 from heads_lightning.conversion.families.value import VHead

@@ -16,11 +16,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import BackboneConfig, BiGSBackboneConfig, TransformerConfig
+from heads_lightning.configs.backbone import BackboneConfig
 from heads_lightning.configs.base import LayerNormConfig
+from heads_lightning.configs.bigs import BiGSBackboneConfig
 from heads_lightning.configs.head import HeadConfig
 from heads_lightning.configs.layers import Activation, Position, RotaryScaling, RotaryScalingType
 from heads_lightning.configs.t5 import T5Config
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.conversion.mapping import StateMappingTemplate, StateType, TemplatePlaceholder
 from heads_lightning.registry import ConfigError
@@ -86,7 +88,7 @@ class Family(ABC):
     """What stands before the trunk's weights."""
     head_prefixes: tuple[str, ...] = ("lm_head.",)
     """What the head's weights begin with."""
-    defaults: HFConfig = MappingProxyType({})
+    defaults: ClassVar[HFConfig] = MappingProxyType({})
     """What transformers assumes where config.json is silent."""
     harmless: frozenset[str] = frozenset()
     """Fields of its config.json, beside those of HARMLESS, that make no difference to logits or values."""

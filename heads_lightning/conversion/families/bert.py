@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
 from heads_lightning.configs.layers import FeedForward, NormPlacement, Position
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion.families.base import (
     LAYER,
     SPELLED,

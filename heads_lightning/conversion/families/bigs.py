@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import BiGSBackboneConfig, CausalForm, Convolution, Direction, GateActivation, Position
 from heads_lightning.configs.base import LayerNormConfig, NormType
+from heads_lightning.configs.bigs import BiGSBackboneConfig
 from heads_lightning.configs.head import MLMHeadConfig
+from heads_lightning.configs.layers import CausalForm, Convolution, Direction, GateActivation, Position
 from heads_lightning.conversion.families.base import (
     ACTIVATIONS,
     LAYER,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig
 from heads_lightning.configs.layers import AttentionBias, LocalAttention
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion.families.base import (
     LAYER,
     SPELLED,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import NormType
 from heads_lightning.configs.head import DefaultLMHeadConfig
 from heads_lightning.configs.layers import Activation, FeedForward, Position
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion.families.base import (
     LAYER,
     SPELLED,

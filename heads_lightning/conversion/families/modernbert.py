@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from heads_lightning.batch import Attention
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.base import LayerNormConfig, NormType
 from heads_lightning.configs.head import MLMHeadConfig
 from heads_lightning.configs.layers import AttentionBias, LocalAttention, RotaryScalingType
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion.families.base import (
     ACTIVATIONS,
     LAYER,

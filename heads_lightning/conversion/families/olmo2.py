@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from heads_lightning.configs.backbone import TransformerConfig
 from heads_lightning.configs.layers import AttentionBias, NormPlacement, QKNormWidth
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.conversion.families import decoder
 from heads_lightning.conversion.families.base import Family, HFConfig, NativeModel
 from heads_lightning.conversion.mapping import StateMappingTemplate
