@@ -7,25 +7,23 @@ implementation** computes that score; each is one override away. Importing this 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from heads_lightning.auto_classes import announce
+from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig, LMHeadType, LMLossImplementation
+from heads_lightning.models.auto_classes import announce
 
 if TYPE_CHECKING:
     from heads_lightning.backbones.masks import AttentionMask, t5_extended_attention_mask, t5_position_ids
-    from heads_lightning.bigs_config import BiGSConfig
-    from heads_lightning.bigs_models import BiGSForCausalLM, BiGSForMaskedLM, BiGSModel
     from heads_lightning.composition import compose
     from heads_lightning.configs.t5 import T5Config
     from heads_lightning.heads import LMHead, LMOutputWithLoss, MLMHead, NormalizedLMHead
     from heads_lightning.heads.value import ValueHead
     from heads_lightning.library import build, infill, load, train
     from heads_lightning.losses import linear_cross_entropy
-    from heads_lightning.t5_model import T5LMHead, T5Model
-    from heads_lightning.value_models import (
-        AutoModelForCausalLMWithValueHead,
-        AutoModelForSeq2SeqLMWithValueHead,
-        create_reference_model,
-    )
+    from heads_lightning.models.bigs import BiGSForCausalLM, BiGSForMaskedLM, BiGSModel
+    from heads_lightning.models.bigs_config import BiGSConfig
+    from heads_lightning.models.reference import create_reference_model
+    from heads_lightning.models.t5 import T5LMHead, T5Model
+    from heads_lightning.models.value import AutoModelForCausalLMWithValueHead, AutoModelForSeq2SeqLMWithValueHead
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +34,7 @@ __all__ = [
     "BiGSForCausalLM",
     "BiGSForMaskedLM",
     "BiGSModel",
+    "ExperimentConfig",
     "LMHead",
     "LMHeadConfig",
     "LMHeadType",
@@ -60,16 +59,17 @@ __all__ = [
 ]
 _LATER = {
     "composition": ("compose",),
-    "bigs_config": ("BiGSConfig",),
-    "bigs_models": ("BiGSForCausalLM", "BiGSForMaskedLM", "BiGSModel"),
     "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
     "configs.t5": ("T5Config",),
     "heads": ("LMHead", "LMOutputWithLoss", "MLMHead", "NormalizedLMHead"),
     "heads.value": ("ValueHead",),
     "library": ("build", "infill", "load", "train"),
     "losses": ("linear_cross_entropy",),
-    "t5_model": ("T5LMHead", "T5Model"),
-    "value_models": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead", "create_reference_model"),
+    "models.bigs": ("BiGSForCausalLM", "BiGSForMaskedLM", "BiGSModel"),
+    "models.bigs_config": ("BiGSConfig",),
+    "models.reference": ("create_reference_model",),
+    "models.t5": ("T5LMHead", "T5Model"),
+    "models.value": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"),
 }
 """Modules that cost an import (Hydra: 0.1 s; torch, transformers: seconds), and what is imported from each when it is first used."""
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}

@@ -16,7 +16,7 @@ from heads_lightning.charts import chart
 from heads_lightning.training.run_folder import PROVENANCE, Point, read_json, read_metrics
 
 if TYPE_CHECKING:
-    from heads_lightning.scoring import Sample
+    from heads_lightning.evaluation.scoring import Sample
 
 FILE = "report.html"
 PICTURES = {

@@ -20,10 +20,11 @@ import lightning.pytorch as lightning
 import torch
 from rich.console import Console
 
-from heads_lightning import experiment, run, scoring
+from heads_lightning import experiment, run
 from heads_lightning.composition import from_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.requests import InfillRequest
+from heads_lightning.evaluation import scoring
 from heads_lightning.experiment import Experiment, TrainedModel
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import Result

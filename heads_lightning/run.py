@@ -28,7 +28,8 @@ from heads_lightning.composition import flatten, machine_problems, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.data.progress import PreparationProgress
-from heads_lightning.evaluation import Report
+from heads_lightning.evaluation.protocol import Report
+from heads_lightning.evaluation.scoring import Sample, evaluate
 from heads_lightning.experiment import Experiment, TrainedModel, build, find_checkpoint, load, tokenizer_files
 from heads_lightning.heads.base import LMHead
 from heads_lightning.heads.value import ValueHead
@@ -36,7 +37,6 @@ from heads_lightning.html_report import samples_page, write_report
 from heads_lightning.lineage import datasets_of
 from heads_lightning.pictures import draw
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import Sample, evaluate
 from heads_lightning.served_model import check_servable, write_model
 from heads_lightning.summary import summary_text
 from heads_lightning.training.agreement import SameConfig, settled_precision

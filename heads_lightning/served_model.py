@@ -21,16 +21,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import yaml
 
-from heads_lightning import __version__, masked
-from heads_lightning.abilities import infilling_parts
+from heads_lightning import __version__
 from heads_lightning.composition import to_yaml
 from heads_lightning.configs.objective import ObjectiveConfig
 from heads_lightning.configs.requests import InfillRequest
-from heads_lightning.continuation import can_continue, continuation
+from heads_lightning.evaluation import masked
+from heads_lightning.evaluation.abilities import infilling_parts
+from heads_lightning.evaluation.continuation import can_continue, continuation
+from heads_lightning.evaluation.scoring import infill
+from heads_lightning.evaluation.span_filling import fills_spans
 from heads_lightning.experiment import TrainedModel, load, tokenizer_files
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import infill
-from heads_lightning.span_filling import fills_spans
 from heads_lightning.training.checkpoints import KEY, AtomicCheckpointIO
 
 if TYPE_CHECKING:

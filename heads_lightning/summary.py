@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.value import ValueConfig
-from heads_lightning.evaluation import Report
+from heads_lightning.evaluation.protocol import Report
 
 if TYPE_CHECKING:
-    from heads_lightning.scoring import Sample
+    from heads_lightning.evaluation.scoring import Sample
 
 
 MOST_SPIKES = 5
@@ -143,7 +143,7 @@ def _proof(report: Report) -> str:
 
 
 def _samples(samples: list[Sample]) -> str:
-    from heads_lightning.scoring import show_sample
+    from heads_lightning.evaluation.scoring import show_sample
 
     return "Infilled lines\n" + "\n".join(show_sample(sample) for sample in samples).rstrip()
 

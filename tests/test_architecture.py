@@ -24,13 +24,9 @@ LAYERS: dict[str, float] = {
     "losses": 1, "objectives": 1, "backbones": 1,
     "heads": 2, "data": 2, "training": 2,
     "module": 3,
-    "execution": 0, "likelihood": 4.2, "abilities": 4.2, "masked": 4.6, "continuation": 4.8,
-    "composition": 4, "experiment": 4, "generation": 4, "evaluation": 4, "span_filling": 4.5,
-    "bigs_config": 4, "hf_generation": 4.2, "bigs_models": 4.5, "auto_classes": 4.8, "value_models": 4.5,
-    "problems": 5.1, "lm_eval": 5.2, "comparison": 5,
-    "scoring": 5, "conversion": 5, "t5_parallel": 5.1, "testing": 5, "memory_plan": 4.9,
-    "value_export": 5.2, "planning": 5, "preflight": 5.5, "summary": 5.3, "html_report": 5.3, "html_comparison": 5.35, "served_model": 5.4,
-    "run": 5.6, "library": 5.7, "sweeps": 5.8,
+    "composition": 4, "experiment": 4, "generation": 4, "models": 4.5,
+    "evaluation": 5, "conversion": 5, "testing": 5, "memory_plan": 4.9, "planning": 5, "preflight": 5.5, "summary": 5.3, "html_report": 5.3,
+    "html_comparison": 5.35, "served_model": 5.4, "run": 5.6, "library": 5.7, "sweeps": 5.8,
     "commands": 6, "__main__": 7,
 }  # fmt: skip
 """Parts of the package by layer; a part not named here is on layer 5."""

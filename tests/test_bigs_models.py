@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from heads_lightning import BiGSConfig, BiGSForCausalLM, BiGSForMaskedLM, BiGSModel
 from heads_lightning.backbones.bigs import BiGS
 from heads_lightning.batch import Attention
-from heads_lightning.bigs_models import ours_from_published
+from heads_lightning.models.bigs import ours_from_published
 from heads_lightning.testing.backbones import batch_of
 
 SIZES: dict[str, Any] = {

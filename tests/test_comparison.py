@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from heads_lightning.commands import compare as command
-from heads_lightning.comparison import compare, measures, ranked, read_run, table_text
-from heads_lightning.evaluation import Floors, Report
+from heads_lightning.evaluation.comparison import compare, measures, ranked, read_run, table_text
+from heads_lightning.evaluation.protocol import Floors, Report
 from heads_lightning.registry import ConfigError
 
 

@@ -12,7 +12,6 @@ from conversion_models import BERT, BIGS, CASES, GPT2, LLAMA, LLAMA3, T5, VOCAB,
 from torch import Tensor
 
 from heads_lightning import AutoModelForCausalLMWithValueHead
-from heads_lightning.bigs_models import PUBLISHED_NAMES, ours_from_published
 from heads_lightning.configs.head import DefaultLMHeadConfig, NormalizedLMHeadConfig
 from heads_lightning.configs.transformer import NGPTConfig, TransformerConfig
 from heads_lightning.conversion import StateConverter
@@ -30,6 +29,7 @@ from heads_lightning.conversion.families.base import HARMLESS
 from heads_lightning.conversion.folders import special_tokens
 from heads_lightning.conversion.native import NativeLM, check_shapes
 from heads_lightning.conversion.validation import compare
+from heads_lightning.models.bigs import PUBLISHED_NAMES, ours_from_published
 from heads_lightning.registry import ConfigError
 
 

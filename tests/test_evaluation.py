@@ -10,19 +10,19 @@ import pytest
 import torch
 from bigram import bigram_model
 
-from heads_lightning import masked, span_filling
-from heads_lightning.abilities import infilling
 from heads_lightning.batch import IGNORE
 from heads_lightning.configs.evaluation import EvaluationConfig
 from heads_lightning.configs.requests import InfillRequest
-from heads_lightning.evaluation import LONGEST_SPAN, hidden_lines, protocol, random_spans
+from heads_lightning.evaluation import masked, span_filling
+from heads_lightning.evaluation.abilities import infilling
+from heads_lightning.evaluation.lm_eval import HeadsLightningLM, continue_texts, score_continuations, score_texts
+from heads_lightning.evaluation.protocol import LONGEST_SPAN, hidden_lines, protocol, random_spans
+from heads_lightning.evaluation.scoring import evaluate, infill, infill_texts, stop_accuracy
 from heads_lightning.experiment import build_model
 from heads_lightning.generation import denoise, score
-from heads_lightning.lm_eval import HeadsLightningLM, continue_texts, score_continuations, score_texts
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.objectives.mixture import open_with
 from heads_lightning.registry import ConfigError
-from heads_lightning.scoring import evaluate, infill, infill_texts, stop_accuracy
 
 ASK = ["evaluation.infill_lines=8", "evaluation.random_spans=8", "evaluation.text_tokens=2000", "evaluation.max_new_tokens=4"]
 

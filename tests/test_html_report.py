@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from heads_lightning.charts import COLOURS, LEFT, MOST_POINTS, TOP, thinned
+from heads_lightning.evaluation.scoring import Sample
 from heads_lightning.html_report import samples_page, write_report
-from heads_lightning.scoring import Sample
 
 EVIL = "<script>alert('x')</script>"
 VOID = {"meta", "line", "polyline", "circle", "img", "br"}

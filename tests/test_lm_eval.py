@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from heads_lightning.composition import compose
+from heads_lightning.evaluation.lm_eval import continue_texts, score_continuations, score_texts
 from heads_lightning.experiment import load
-from heads_lightning.lm_eval import continue_texts, score_continuations, score_texts
 from heads_lightning.run import train
 
 DOCUMENTS = [
@@ -57,7 +57,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 }
 HARNESS = """
 import json, sys
-import lm_eval, heads_lightning.lm_eval
+import lm_eval, heads_lightning.evaluation.lm_eval
 from lm_eval.tasks import TaskManager
 found = lm_eval.simple_evaluate(
     "heads_lightning", model_args=f"checkpoint={sys.argv[1]}", tasks=json.loads(sys.argv[3]), bootstrap_iters=0,

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from heads_lightning.execution import is_offline, run_program
-from heads_lightning.problems import failure, judge, read_problems, truncated
+from heads_lightning.evaluation.execution import is_offline, run_program
+from heads_lightning.evaluation.problems import failure, judge, read_problems, truncated
 from heads_lightning.registry import ConfigError
 
 HUMANEVAL = [

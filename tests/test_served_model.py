@@ -16,7 +16,7 @@ from heads_lightning import compose, infill, load, train
 from heads_lightning.configs.objective import objectives
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.continuation import continuation
+from heads_lightning.evaluation.continuation import continuation
 from heads_lightning.registry import ConfigError
 from heads_lightning.served_model import signature_of
 from heads_lightning.training.mlflow_store import connect, resolve_store

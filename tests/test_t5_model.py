@@ -22,8 +22,8 @@ from heads_lightning import AttentionMask, T5Config, T5LMHead, T5Model
 from heads_lightning.batch import IGNORE, Attention, Batch
 from heads_lightning.configs.head import LMLossImplementation
 from heads_lightning.configs.t5 import T5LMHeadConfig, T5Position, T5Preset
+from heads_lightning.models.t5_parallel import parallelize
 from heads_lightning.registry import ConfigError
-from heads_lightning.t5_parallel import parallelize
 
 V = 57
 POSITIONS = list(T5Position)

@@ -16,12 +16,12 @@ from heads_lightning.commands import infill as infill_command
 from heads_lightning.composition import compose, from_yaml
 from heads_lightning.configs.objective import Form, MixtureConfig
 from heads_lightning.configs.requests import InfillRequest
-from heads_lightning.evaluation import HiddenLine
+from heads_lightning.evaluation.protocol import HiddenLine
+from heads_lightning.evaluation.scoring import infill
+from heads_lightning.evaluation.span_filling import fills_spans, source
 from heads_lightning.experiment import TrainedModel, load
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
-from heads_lightning.scoring import infill
-from heads_lightning.span_filling import fills_spans, source
 from heads_lightning.summary import report_text
 
 T5 = ["backbone=t5", "head=t5"]

@@ -258,8 +258,8 @@ def test_a_text_inside_a_document_has_no_space_before_it(tmp_path):
 def test_an_infilling_prompt_of_code_llama(tmp_path, tiny):
     from bigram import bigram_model
 
-    from heads_lightning.evaluation import HiddenLine
-    from heads_lightning.scoring import _prompt
+    from heads_lightning.evaluation.protocol import HiddenLine
+    from heads_lightning.evaluation.scoring import _prompt
 
     load(tmp_path, sentencepiece_style())
     overrides = [o for o in tiny if not o.startswith("tokenizer.")]

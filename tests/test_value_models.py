@@ -27,8 +27,8 @@ from heads_lightning.backbones.huggingface import HuggingFace
 from heads_lightning.batch import Attention, Batch
 from heads_lightning.configs.huggingface import HuggingFaceConfig
 from heads_lightning.configs.value import ValueHeadConfig, ValueInit
-from heads_lightning.value_export import convert_pickled_value_head, to_sequence_classification
-from heads_lightning.value_models import VALUE_HEAD_FILE
+from heads_lightning.models.value_export import convert_pickled_value_head, to_sequence_classification
+from heads_lightning.models.value_files import VALUE_HEAD_FILE
 
 hf.utils.logging.set_verbosity_error()
 ALL = [*CAUSAL, *SEQ2SEQ]

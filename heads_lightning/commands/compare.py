@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(runs) == 1 and _is_sweep(Path(runs[0])):
         _sweep(Path(runs[0]), request)
         return
-    from heads_lightning.comparison import compare, read_run, table_text
+    from heads_lightning.evaluation.comparison import compare, read_run, table_text
 
     folders = [_folder(run, request) for run in runs]
     rows = [read_run(folder) for folder in folders]

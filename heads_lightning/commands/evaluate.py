@@ -18,8 +18,8 @@ def main(arguments: Sequence[str]) -> None:
     """`heads-lightning evaluate checkpoint=RUN [infill_lines=N] [save=true] [problems=FILE [execute=true]] [json=true]`."""
     request, _ = read(EvaluateRequest, arguments)
     from heads_lightning.data.prepare import PreparedData
+    from heads_lightning.evaluation.scoring import evaluate, value_metrics
     from heads_lightning.experiment import load, prepare_data
-    from heads_lightning.scoring import evaluate, value_metrics
     from heads_lightning.summary import report_text, values_text
 
     model = load(request.checkpoint, run_root=request.run_root, device=request.device)
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _problems(model: Any, request: EvaluateRequest) -> None:
     """Problems of others instead of the held-out text."""
-    from heads_lightning.problems import judge, read_problems
-    from heads_lightning.scoring import infill_texts
+    from heads_lightning.evaluation.problems import judge, read_problems
+    from heads_lightning.evaluation.scoring import infill_texts
 
     assert request.problems is not None
     problems = read_problems(request.problems, request.max_problems)

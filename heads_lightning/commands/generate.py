@@ -18,7 +18,7 @@ def main(arguments: Sequence[str]) -> None:
 
     request, texts = read(GenerateRequest, arguments)
     prompt = _prompt(request, texts)
-    from heads_lightning.continuation import continuation
+    from heads_lightning.evaluation.continuation import continuation
 
     text = continuation(asking.load_model(request), prompt, request)
     print(json.dumps({"prompt": prompt, "continuation": text}) if request.json else prompt + text)

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
 
     request, texts = read(InfillRequest, arguments)
     prefix, suffix = _parts(request, texts)
-    from heads_lightning.scoring import infill
+    from heads_lightning.evaluation.scoring import infill
 
     model = asking.load_model(request)
     middle = infill(model, prefix, suffix, request)

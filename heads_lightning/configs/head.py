@@ -106,6 +106,11 @@ class LMHeadConfig(HeadConfig):
         """The module. `embedding` is needed with tie_embeddings."""
         raise NotImplementedError  # abstract: every registered head has its own
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projection will have a bias."""
+        return bool(self.bias)
+
     def num_params(self, d_model: int, vocab_size: int) -> int:
         """Learned numbers of the head; a tied projection counts as the embedding's."""
         raise NotImplementedError  # abstract

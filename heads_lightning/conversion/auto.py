@@ -26,7 +26,7 @@ from heads_lightning.backbones.layers import KeyValueCache
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch
 from heads_lightning.conversion.families import OWN
 from heads_lightning.conversion.native import NativeLM
-from heads_lightning.hf_generation import GeneratesFromState, GenerationState, check_mask
+from heads_lightning.models.hf_generation import GeneratesFromState, GenerationState, check_mask
 
 
 class HeadsLightningConfig(PreTrainedConfig):

@@ -95,7 +95,7 @@ def open_huggingface(folder: Path, family: Family, dtype: torch.dtype = torch.fl
     transformers.logging.set_verbosity_error()
     try:
         if isinstance(family, VHead):
-            from heads_lightning.value_models import AutoModelForCausalLMWithValueHead
+            from heads_lightning.models.value import AutoModelForCausalLMWithValueHead
 
             return AutoModelForCausalLMWithValueHead.from_pretrained(folder, **how).eval()
         model, found = getattr(transformers, family.auto_class).from_pretrained(folder, **how, output_loading_info=True)

@@ -4,7 +4,7 @@ Two layouts, either way round:
 
     token_classification   `…ForTokenClassification` with one label: `score` (or `classifier`) over the last hidden state
     v_head                 `…ForCausalLM` with `v_head.summary` among the weights, as TRL had it until 1.12 and
-                           `heads_lightning.value_models` has it: head=value with a projection (head.lm_weight > 0)
+                           `heads_lightning.models.value` has it: head=value with a projection (head.lm_weight > 0)
 
 What of the head and of its objective transformers has no field for travels as plain values in config.json, and has defaults without.
 """
@@ -43,7 +43,8 @@ class ValueFamily(Family):
 
     def __init__(self, trunk: Family) -> None:
         self.trunk = trunk
-        self.name, self.prefix, self.attention, self.defaults = trunk.name, trunk.prefix, trunk.attention, trunk.defaults
+        self.name, self.prefix, self.attention = trunk.name, trunk.prefix, trunk.attention
+        self.defaults = trunk.defaults  # pyright: ignore[reportAttributeAccessIssue]
         self.harmless, self.left_out = trunk.harmless | {"tie_word_embeddings"}, trunk.left_out  # pyright: ignore[reportAttributeAccessIssue]
 
     def _trunk_of(self, model: NativeModel) -> NativeModel:
@@ -124,7 +125,7 @@ class TokenClassification(ValueFamily):
 
 
 class VHead(ValueFamily):
-    """`…ForCausalLM` and a value head, opened by heads_lightning.value_models.AutoModelForCausalLMWithValueHead."""
+    """`…ForCausalLM` and a value head, opened by heads_lightning.models.value.AutoModelForCausalLMWithValueHead."""
 
     auto_class = "AutoModelForCausalLMWithValueHead"
 

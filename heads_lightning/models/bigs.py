@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from heads_lightning.backbones.bigs import BiGS
 from heads_lightning.backbones.ssm import S4D
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch
-from heads_lightning.bigs_config import BiGSConfig
-from heads_lightning.hf_generation import GeneratesFromState, GenerationState, check_mask
+from heads_lightning.models.bigs_config import BiGSConfig
+from heads_lightning.models.hf_generation import GeneratesFromState, GenerationState, check_mask
 
 PUBLISHED_NAMES: tuple[tuple[str, str], ...] = (
     (".LayerNorm.", ".norm."),

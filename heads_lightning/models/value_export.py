@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from heads_lightning.heads.value import ValueHead
-from heads_lightning.value_models import PREFIX, VALUE_HEAD_FILE, PreTrainedModelWithValueHead
+from heads_lightning.models.value import PreTrainedModelWithValueHead
+from heads_lightning.models.value_files import PREFIX, VALUE_HEAD_FILE
 
 
 def to_sequence_classification(model: Any, folder: str | Path, *, head: ValueHead | None = None) -> None:

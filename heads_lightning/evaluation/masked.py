@@ -14,10 +14,10 @@ import numpy as np
 
 from heads_lightning.batch import IGNORE, Attention
 from heads_lightning.configs.objective import MaskedDiffusionConfig, MixtureConfig, MLMConfig, ObjectiveConfig
-from heads_lightning.evaluation import HiddenLine, bits_per_byte, clip_context, held_out_windows
+from heads_lightning.evaluation.likelihood import Row, encode_around, score_rows, score_tokens
+from heads_lightning.evaluation.protocol import HiddenLine, bits_per_byte, clip_context, held_out_windows
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import denoise
-from heads_lightning.likelihood import Row, encode_around, score_rows, score_tokens
 from heads_lightning.objectives.base import SampleRandom, document_segments
 from heads_lightning.registry import ConfigError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from heads_lightning.models.t5 import T5Model
 from heads_lightning.registry import ConfigError
-from heads_lightning.t5_model import T5Model
 
 
 def parallelize(model: T5Model, mesh: Any) -> T5Model:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from heads_lightning import masked
-from heads_lightning.abilities import opening, reads_left_to_right
 from heads_lightning.batch import Attention
 from heads_lightning.configs.objective import ObjectiveConfig
 from heads_lightning.configs.requests import SamplingRequest
+from heads_lightning.evaluation import masked
+from heads_lightning.evaluation.abilities import opening, reads_left_to_right
+from heads_lightning.evaluation.span_filling import continues_text
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
 from heads_lightning.registry import ConfigError
-from heads_lightning.span_filling import continues_text
 
 
 def can_continue(objective: ObjectiveConfig) -> bool:

@@ -10,17 +10,13 @@ safetensors. What is missing, unknown or contradictory is an error with a name; 
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -28,19 +24,17 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from heads_lightning.heads.value import ValueHead
 from heads_lightning.losses import linear_cross_entropy, loss_module
 from heads_lightning.losses.base import is_dtensor
+from heads_lightning.models.value_files import PREFIX, VALUE_HEAD_FILE, hub_arguments, open_model, value_head_weights, with_adapter
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
     "AutoModelForSeq2SeqLMWithValueHead",
     "ValueHead",
-    "create_reference_model",
 ]
 
 log = logging.getLogger(__name__)
 
-VALUE_HEAD_FILE = "value_head.safetensors"
-"""Beside an adapter, which has no file of weights of the model. (The name that LLaMA-Factory gave it.)"""
-PREFIX, WRAPPED = "v_head.", "pretrained_model."
+WRAPPED = "pretrained_model."
 
 
 class _LastState:
@@ -271,12 +265,12 @@ class PreTrainedModelWithValueHead(nn.Module):
             raise ValueError("reward_adapter does not exist here; open the reward model on its own")
         source = pretrained_model_name_or_path
         if isinstance(source, str | Path):
-            model = _open(cls.transformers_parent_class, str(source), model_args, kwargs)
+            model = open_model(cls.transformers_parent_class, str(source), model_args, kwargs)
         else:
-            model = _with_adapter(source, kwargs.pop("peft_config", None))
+            model = with_adapter(source, kwargs.pop("peft_config", None))
         wrapper = cls(model, **head)
         if isinstance(source, str | Path):
-            _load_value_head(wrapper, str(source), _hub_arguments(kwargs))
+            _load_value_head(wrapper, str(source), hub_arguments(kwargs))
         return wrapper
 
 
@@ -335,109 +329,10 @@ def _nest_keys(state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
 # -- files ---------------------------------------------------------------------------------------------------------------
 
 
-def _open(parent: Any, source: str, model_args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The model of a name or folder: with its adapter where it holds one, with a new one where `peft_config` asks."""
-    peft_config, is_trainable = kwargs.pop("peft_config", None), kwargs.pop("is_trainable", False)
-    if _file(source, "adapter_config.json", _hub_arguments(kwargs)) is None:
-        return _with_adapter(parent.from_pretrained(source, *model_args, **kwargs), peft_config)
-    peft = _peft()
-    base = parent.from_pretrained(peft.PeftConfig.from_pretrained(source).base_model_name_or_path, *model_args, **kwargs)
-    return peft.PeftModel.from_pretrained(base, source, is_trainable=is_trainable)
-
-
-def _with_adapter(model: Any, peft_config: Any) -> Any:
-    if peft_config is None:
-        return model
-    peft = _peft()
-    if not isinstance(peft_config, peft.PeftConfig):
-        raise ValueError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig such as peft.LoraConfig")
-    return peft.get_peft_model(model, peft_config)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise ValueError("adapters need the package peft: pip install 'heads-lightning[peft]'") from None
-    return peft
-
-
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-
-
-def _hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: kwargs[k] for k in _HUB_ARGUMENTS if kwargs.get(k) is not None}
-
-
-def _file(source: str, name: str, hub: Mapping[str, Any]) -> Path | None:
-    """A file of a folder or of the hub, or None where there is none."""
-    from transformers.utils.hub import cached_file
-
-    if Path(source).is_dir():
-        path = Path(source) / str(hub.get("subfolder", "")) / name
-        return path if path.is_file() else None
-    found = cached_file(source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub)
-    return None if found is None else Path(found)
-
-
 def _load_value_head(wrapper: PreTrainedModelWithValueHead, source: str, hub: Mapping[str, Any]) -> None:
     """Load the head that stands in a folder, from whichever of its files; say so where there is none."""
-    state = _value_head_weights(source, hub)
+    state = value_head_weights(source, hub)
     if state:
         wrapper.post_init(state)
     else:
         log.warning("%s holds no value head: the head starts as it was initialised", source)
-
-
-def _value_head_weights(source: str, hub: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors under `v_head.`: of the file beside an adapter, else of the weights, of whose shards only those needed are read."""
-    if (beside := _file(source, VALUE_HEAD_FILE, hub)) is not None:
-        return load_file(beside)
-    if (index := _file(source, "model.safetensors.index.json", hub)) is not None:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = {file for key, file in shards.items() if key.startswith(PREFIX)}
-    else:
-        names = {"model.safetensors"}
-    files = [path for name in sorted(names) if (path := _file(source, name, hub)) is not None]
-    if not files and index is None and (pickle := _file(source, "pytorch_model.bin", hub)) is not None:
-        raise ValueError(
-            f"{pickle} is a pickle, which is not opened; turn it into safetensors with "
-            f"heads_lightning.value_export.convert_pickled_value_head({str(pickle.parent)!r})"
-        )
-    state = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            state |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(PREFIX)}  # noqa: SIM118 (no mapping)
-    return state
-
-
-# -- reference models ----------------------------------------------------------------------------------
-
-
-def create_reference_model(model: nn.Module, num_shared_layers: int | None = None, pattern: str | None = None) -> Any:
-    """A frozen copy in evaluation mode. Of `num_shared_layers` layers, and what stands before them, the very parameters are shared.
-
-    Shared parameters are frozen in `model` too, so that an optimizer step changes neither.
-
-    Args:
-        model: to copy; not sharded.
-        num_shared_layers: first layers to share. None: a copy of everything.
-        pattern: how a layer is named, e.g. "transformer.h.{layer}". None: found by the usual names (h, layers, layer, block, blocks).
-
-    Raises:
-        ValueError: no parameter belongs to the first layer that is not shared.
-    """
-    shared = [] if num_shared_layers is None else _parameters_before(model, num_shared_layers, pattern)
-    for parameter in shared:
-        parameter.requires_grad_(False)
-    reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
-    return reference.requires_grad_(False).eval()
-
-
-def _parameters_before(model: nn.Module, layer: int, pattern: str | None) -> list[nn.Parameter]:
-    named = list(model.named_parameters())
-    wanted = rf"(^|\.)(h|layers|layer|block|blocks)\.{layer}\." if pattern is None else rf"{re.escape(pattern.format(layer=layer))}(\.|$)"
-    first = next((i for i, (name, _) in enumerate(named) if re.search(wanted, name)), None)
-    if first is None:
-        raise ValueError(f"no parameter of {type(model).__name__} belongs to layer {layer}; give pattern, e.g. 'transformer.h.{{layer}}'")
-    return [parameter for _, parameter in named[:first]]

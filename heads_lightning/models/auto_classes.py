@@ -20,7 +20,7 @@ def register_config() -> None:
     """AutoConfig knows BiGSConfig, and the first BiGSConfig makes the models known."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from heads_lightning.bigs_config import BiGSConfig
+    from heads_lightning.models.bigs_config import BiGSConfig
 
     AutoConfig.register(BiGSConfig.model_type, BiGSConfig, exist_ok=True)
     BiGSConfig.before_first.append(register_models)
@@ -30,7 +30,7 @@ def register_models() -> None:
     """AutoModel, AutoModelForMaskedLM and AutoModelForCausalLM know the BiGS classes."""
     from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-    from heads_lightning import bigs_models
+    from heads_lightning.models import bigs as bigs_models
 
     AutoModel.register(bigs_models.BiGSConfig, bigs_models.BiGSModel, exist_ok=True)
     AutoModelForMaskedLM.register(bigs_models.BiGSConfig, bigs_models.BiGSForMaskedLM, exist_ok=True)

@@ -9,15 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from heads_lightning import masked, span_filling
-from heads_lightning.abilities import can_infill, can_read_left_to_right, infilling, opening
 from heads_lightning.batch import IGNORE
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData
 from heads_lightning.data.scored import PreparedRecords
-from heads_lightning.evaluation import (
+from heads_lightning.evaluation import masked, span_filling
+from heads_lightning.evaluation.abilities import can_infill, can_read_left_to_right, infilling, opening
+from heads_lightning.evaluation.likelihood import ROWS, Row, encode_around, next_token_row, score_rows, score_tokens
+from heads_lightning.evaluation.protocol import (
     HiddenLine,
     Report,
     bits_per_byte,
@@ -30,13 +31,12 @@ from heads_lightning.evaluation import (
     protocol,
     random_spans,
 )
+from heads_lightning.evaluation.span_filling import fills_spans
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
-from heads_lightning.likelihood import ROWS, Row, encode_around, next_token_row, score_rows, score_tokens
 from heads_lightning.objectives.base import document_segments
 from heads_lightning.objectives.fim import fim_prompt
 from heads_lightning.registry import ConfigError
-from heads_lightning.span_filling import fills_spans
 
 
 class Sample(NamedTuple):

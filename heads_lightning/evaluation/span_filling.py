@@ -14,14 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from heads_lightning.abilities import modes_of, parts_of
 from heads_lightning.batch import IGNORE, PADDING, Attention, Examples
 from heads_lightning.configs.objective import ObjectiveConfig, PrefixLMConfig, SpanCorruptionConfig, UL2Config
 from heads_lightning.configs.requests import InfillRequest
-from heads_lightning.evaluation import HiddenLine, bits_per_byte, clip_context
+from heads_lightning.evaluation.abilities import modes_of, parts_of
+from heads_lightning.evaluation.likelihood import TokenScores, encode_around, score_examples
+from heads_lightning.evaluation.protocol import HiddenLine, bits_per_byte, clip_context
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
-from heads_lightning.likelihood import TokenScores, encode_around, score_examples
 from heads_lightning.objectives.ul2 import mode_tokens
 from heads_lightning.registry import ConfigError
 

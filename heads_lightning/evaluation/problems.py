@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from heads_lightning.evaluation import edit_similarity
-from heads_lightning.execution import run_program
+from heads_lightning.evaluation.execution import run_program
+from heads_lightning.evaluation.protocol import edit_similarity
 from heads_lightning.registry import ConfigError
 
 _HOLES = {"python": "# TODO: Your code here", "java": "/* TODO: Your code here */"}

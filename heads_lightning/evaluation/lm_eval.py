@@ -1,6 +1,6 @@
 """A trained model under lm-evaluation-harness: the extra `lm-eval`, imported by whoever runs the harness.
 
-    import lm_eval, heads_lightning.lm_eval
+    import lm_eval, heads_lightning.evaluation.lm_eval
     lm_eval.simple_evaluate("heads_lightning", model_args="checkpoint=runs/NAME/DATE", tasks=["lambada_openai"])
 
 The three questions of the harness (its `LM` class) are answered by the same functions as the held-out protocol: sums of nats in fp32,
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from heads_lightning.abilities import can_read_left_to_right, opening
+from heads_lightning.evaluation.abilities import can_read_left_to_right, opening
+from heads_lightning.evaluation.likelihood import next_token_row, score_rows
 from heads_lightning.experiment import TrainedModel, load
 from heads_lightning.generation import generate
-from heads_lightning.likelihood import next_token_row, score_rows
 from heads_lightning.registry import ConfigError
 
 LM: Any = object

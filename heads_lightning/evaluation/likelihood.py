@@ -10,7 +10,7 @@ import torch
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch, Examples
 from heads_lightning.data.tokenizer import Tokenizer
-from heads_lightning.evaluation import HiddenLine
+from heads_lightning.evaluation.protocol import HiddenLine
 from heads_lightning.experiment import TrainedModel
 
 ROWS = 16
