@@ -17,6 +17,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from heads_lightning.sweeps import settings
 from heads_lightning.sweeps.ledger import Ledger, State
 
 if TYPE_CHECKING:
@@ -73,13 +74,15 @@ def save(path: Path, results: Results) -> None:
 
 def read(sweep: Path, by: list[str], measures: list[str]) -> list[Cell]:
     """The cells of a sweep that is done."""
-    found = []
+    found, asked = [], [override for override in settings.read(sweep).overrides if "=" in override]
     for entry in Ledger.of(sweep).entries().values():
         if entry.state != State.done:
             raise SystemExit(f"{entry.label} is {entry.state}: {entry.reason or 'not finished'}; go on with sweep.resume={sweep}")
-        given = dict(override.split("=", 1) for override in entry.overrides)
+        given = dict(override.split("=", 1) for override in [*asked, *entry.overrides])  # a key with one value is no part of a cell's name
         values = {name: entry.metrics[name] for name in measures if name in entry.metrics}
-        found.append(Cell({key: given.get(key, "") for key in by}, int(given.get("seed", 0)), values))
+        if missing := [key for key in by if key not in given]:
+            raise SystemExit(f"{sweep} does not say {', '.join(missing)}; --by takes what it was given: {', '.join(sorted(given))}")
+        found.append(Cell({key: given[key] for key in by}, int(given.get("seed", 0)), values))
     return found
 
 
