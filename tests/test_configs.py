@@ -33,6 +33,8 @@ NEEDED = {
     "objective=multi_token": ["head.steps_ahead=3"],
     "data=tokens": ["tokenizer=byte"],
     "backbone=huggingface": ["backbone.source=some/model"],
+    "experiment=continue_fim": ["backbone.source=some/model"],
+    "experiment=continue_mlm": ["backbone.source=some/model"],
     **{
         f"backbone=bigs_{size}": ["objective=mlm", "data.sequence_length=128"]
         for size in ("tiny", *(f"large_{2**n}" for n in (7, 9, 10, 12)))

@@ -309,6 +309,7 @@ def test_the_average_of_the_weights_is_what_is_exported(tmp_path: Path) -> None:
     assert torch.equal(state_of(tmp_path / "out")["model.norm.weight"], checkpoint["average"]["backbone.norm.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_run_of_two_ranks_that_wrote_a_folder_is_a_source(tiny: list[str], tmp_path: Path) -> None:
     from test_parallel import FSDP, train_ranks

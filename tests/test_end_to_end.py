@@ -91,10 +91,20 @@ def test_generate_and_evaluate(trained: Path) -> None:
     ("arguments", "phrases"),
     [
         (["infill", "checkpoint=nowhere", "--", "a", "b"], ["nowhere is not a run folder", "MLflow run id"]),
-        (["infill", "checkpoint=RUN", "prefix_file=missing.py"], ["prefix_file=missing.py cannot be read: No such file"]),
-        (["infill", "checkpoint=RUN", "layuot=psm", "--", "a", "b"], ["layuot does not exist", "layout"]),
-        (["generate", "checkpoint=RUN", "temperature=-1", "--", "a"], ["temperature=-1.0 is out of range", "0 or more"]),
-        (["infill", "checkpoint=RUN", "--", "a", "b", "c"], ["3 texts after --", "-- PREFIX SUFFIX"]),
+        pytest.param(
+            ["infill", "checkpoint=RUN", "prefix_file=missing.py"],
+            ["prefix_file=missing.py cannot be read: No such file"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["infill", "checkpoint=RUN", "layuot=psm", "--", "a", "b"], ["layuot does not exist", "layout"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["generate", "checkpoint=RUN", "temperature=-1", "--", "a"],
+            ["temperature=-1.0 is out of range", "0 or more"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["infill", "checkpoint=RUN", "--", "a", "b", "c"], ["3 texts after --", "-- PREFIX SUFFIX"], marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_end_in_one_line(trained: Path, arguments: list[str], phrases: list[str]) -> None:

@@ -58,6 +58,7 @@ def test_the_parts_of_a_new_plugin_work_as_they_are(tmp_path, monkeypatch, capsy
     assert list((tmp_path / "runs").glob("turned_round-my_head-small_net/*/summary.txt"))
 
 
+@pytest.mark.slow
 def test_a_new_loss_joins_the_enum_of_a_clone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["new", "loss", "my_loss"]) == 2
@@ -69,6 +70,7 @@ def test_a_new_loss_joins_the_enum_of_a_clone(tmp_path, monkeypatch, capsys):
     run(tmp_path, ["my_loss"], tiny(tmp_path, "head.loss_implementation=my_loss", "backbone.d_model=32", "backbone.num_layers=1"), where)
 
 
+@pytest.mark.slow
 def test_a_new_study_runs_and_makes_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["new", "study", "fim_or_not"]) == 0

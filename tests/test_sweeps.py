@@ -311,7 +311,14 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 120.0) -> 
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9),
+    ],
+)
 def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(number: int, code: int, tiny: list[str], tmp_path: Path) -> None:
     line = command(*tiny, "seed=1,2", "trainer.max_steps=3000", "trainer.checkpoint_every_steps=5", f"hydra.sweep.dir={tmp_path}")
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -69,6 +69,7 @@ def test_optuna_prunes_across_processes_and_its_study_goes_on(tiny: list[str], t
     assert optuna is not None
 
 
+@pytest.mark.slow
 def test_optuna_with_cells_side_by_side(tiny: list[str], tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

@@ -68,7 +68,7 @@ def test_loss_and_weights_do_not_depend_on_how_the_batch_is_cut(tiny: list[str],
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("objective", ["fim_middle", "mlm"])
+@pytest.mark.parametrize("objective", ["fim_middle", pytest.param("mlm", marks=pytest.mark.slow)])
 def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, objective: str) -> None:
     overrides = [*tiny, *OBJECTIVES[objective], *LINEAR]
     train(compose(overrides), tmp_path / "one")

@@ -60,7 +60,7 @@ def test_a_run_reports_its_spike_in_metrics_and_summary(tiny: list[str], tmp_pat
     spike = json.loads((tmp_path / FILE).read_text().splitlines()[0])
     assert spike["step"] == 27
     assert (spike["first_sequence"], spike["last_sequence"]) == (26 * 8, 27 * 8 - 1)
-    assert [p["train/loss_spikes"] for p in points(tmp_path) if "train/loss_spikes" in p] == [0, 0, 0, 0, 0, 1]
+    assert [p["train/spikes"] for p in points(tmp_path) if "train/spikes" in p] == [0, 0, 0, 0, 0, 1]
     assert "loss spike at step 27" in (tmp_path / "summary.txt").read_text()
 
 

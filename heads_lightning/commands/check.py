@@ -4,11 +4,13 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
 
 from heads_lightning.commands.show import as_json, table
 from heads_lightning.commands.words import taken
-from heads_lightning.composition import compose
+from heads_lightning.composition import compose, compose_tree
 from heads_lightning.composition.store import conf_dir
 from heads_lightning.registry import ConfigError
 
@@ -55,11 +57,33 @@ def _verdicts(overrides: list[str], config_dir: str | None) -> Iterator[Verdict]
     if not names:
         raise ConfigError(f"{', '.join(map(str, folders))}: no experiment/*.yaml to check")
     for name in names:
-        try:
-            compose([f"experiment={name}", *overrides], config_dir=config_dir)
-            yield Verdict(name, "ok", "")
-        except ConfigError as error:
-            yield Verdict(name, "failed", str(error))
+        yield _verdict(name, overrides, config_dir)
+
+
+def _verdict(name: str, overrides: list[str], config_dir: str | None) -> Verdict:
+    """Whether a recipe composes; of one that leaves values to whoever uses it, with a word in their place."""
+    given = [f"experiment={name}", *overrides]
+    try:
+        compose(given, config_dir=config_dir)
+        return Verdict(name, "ok", "")
+    except ConfigError as error:
+        problem = str(error)
+    try:
+        if left := list(_left(OmegaConf.to_container(compose_tree(given, config_dir=config_dir)))):
+            compose([*given, *(f"{key}=given_later" for key in left)], config_dir=config_dir)
+            return Verdict(name, "ok", f"leaves to you: {', '.join(left)}")
+    except ConfigError as error:
+        problem = str(error)
+    return Verdict(name, "failed", problem)
+
+
+def _left(node: Any, path: str = "") -> Iterator[str]:
+    """Keys without a value."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _left(value, f"{path}.{key}" if path else str(key))
+    elif node == "???":
+        yield path
 
 
 def _experiment(overrides: list[str], config_dir: str | None, config_name: str | None, *, as_text: bool) -> int:

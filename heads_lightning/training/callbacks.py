@@ -127,7 +127,7 @@ class MetricsCallback(Callback):
         records = zip(range(step - count + 1, step + 1), means, torch.stack(norms).tolist(), strict=True)
         # a step that is not finite is skipped and counted: train/bad_steps
         self.spikes.add([StepRecord(*record) for record in records if math.isfinite(record[1])])
-        return {"train/loss_spikes": float(len(self.spikes.spikes))}
+        return {"train/spikes": float(len(self.spikes.spikes))}
 
     def _speed(self, steps: int, seconds: float) -> dict[str, float]:
         """Utilisation and memory, where there is a device that knows them."""
