@@ -36,7 +36,7 @@ check: $(STAMP) ## format, lint and types
 measure: $(STAMP) ## the toolkit's own costs, into experiments/benchmarks/results (minutes, on an idle machine)
 	cd experiments/benchmarks && ../../$(BIN)/python startup.py 12 > results/startup.txt
 	cd experiments/benchmarks && ../../$(BIN)/python first_step.py > results/first_step.txt
-	cd experiments/benchmarks && ../../$(BIN)/python step.py --rounds 12 --steps 16 > results/step.txt
+	cd experiments/benchmarks && ../../$(BIN)/python step.py --rounds 10 --steps 12 > results/step.txt
 	cd experiments/benchmarks && ../../$(BIN)/python tracking.py > results/tracking.txt
 
 format: $(STAMP) ## rewrite files in the project's format, and the schemas of conf/
