@@ -175,6 +175,8 @@ def test_a_store_that_is_down_from_start_to_end(tmp_path: Path, caplog: pytest.L
     client = connect(resolve_store(MLflowConfig(uri=f"sqlite:///{tmp_path}/later.db"), tmp_path))
     run = runs(client)["run"]
     assert (run.info.status, run.data.metrics["loss"], run.data.metrics["tokens"]) == ("FINISHED", 1.0, 5.0)
+    assert run.info.artifact_uri.startswith(f"{tmp_path}/mlartifacts/")
+    assert "config.yaml" in {file.path for file in client.list_artifacts(run.info.run_id)}
 
 
 def test_runs_of_dead_machines_are_reaped(tmp_path: Path) -> None:

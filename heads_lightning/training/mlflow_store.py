@@ -68,9 +68,16 @@ def resolve_store(config: MLflowConfig, run_root: Path, environment: Mapping[str
     """The store of a run: `tracking.uri`, else $MLFLOW_TRACKING_URI, else SQLite in the run root. Paths become absolute."""
     uri = config.uri or environment.get(URI_VARIABLE) or f"sqlite:///{(run_root / 'mlflow.db').resolve()}"
     check_uri(uri, source="tracking.uri" if config.uri else f"${URI_VARIABLE}")
-    store = Store(uri=uri, artifacts=None if uri.startswith(("http", "databricks")) else str((run_root / "mlartifacts").resolve()))
-    if store.database is None:
+    return store_at(uri, run_root)
+
+
+def store_at(uri: str, folder: Path) -> Store:
+    """The store of an address, made absolute. Artifacts: a server's, or beside an SQLite file, or in `folder` for another database."""
+    store = Store(uri=uri, artifacts=None)
+    if store.on_server:
         return store
+    if store.database is None:
+        return store._replace(artifacts=str((folder / "mlartifacts").resolve()))
     if not store.database.name or store.database.is_dir():
         raise ConfigError(f"tracking.uri={uri} names no database file; use tracking.uri=sqlite:///FOLDER/mlflow.db")
     database = store.database.expanduser().resolve()

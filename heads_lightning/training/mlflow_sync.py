@@ -29,7 +29,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from heads_lightning.registry import ConfigError
 from heads_lightning.training.mlflow_run import MlflowRun, NotSent, Unsent, read_header, stored_address
-from heads_lightning.training.mlflow_store import Store, file_lock, short_timeouts
+from heads_lightning.training.mlflow_store import Store, file_lock, short_timeouts, store_at
 from heads_lightning.training.run_folder import LOG, SYSTEM, JsonLines, Point, point_record
 
 if TYPE_CHECKING:
@@ -206,7 +206,9 @@ def send_later(run_dir: Path, *, uri: str | None = None) -> Unsent:
 def open_folder(run_dir: Path, uri: str | None, tell: Callable[..., None]) -> MlflowRun:
     """The copy of a run folder, in its own store or in `uri`."""
     header = read_header(run_dir)
-    store = Store(uri=uri, artifacts=header.artifacts) if uri else stored_address(header.store)
+    store = store_at(uri, run_dir.parent) if uri else stored_address(header.store)
+    if header.artifacts is not None and not store.on_server:
+        store = store._replace(artifacts=header.artifacts)
     return MlflowRun(run_dir, store=store, say=lambda text: tell("warning", text=text))
 
 
