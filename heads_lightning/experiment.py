@@ -17,6 +17,7 @@ from heads_lightning.composition import from_yaml, validate
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
 from heads_lightning.configs.tokenizer import HuggingFaceTokenizerConfig
+from heads_lightning.configs.trainer import LinearKernel
 from heads_lightning.configs.value import ValueConfig, ValueHeadConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData, Progress, prepare
@@ -26,6 +27,7 @@ from heads_lightning.heads.base import Head, LMHead
 from heads_lightning.heads.value import ValueHead
 from heads_lightning.module import LanguageModule
 from heads_lightning.objectives.base import Objective
+from heads_lightning.onednn import use_for_linear_layers
 from heads_lightning.registry import ConfigError
 from heads_lightning.training.blocks import prepare_blocks
 from heads_lightning.training.checkpoints import KEY, is_checkpoint, is_weights_folder, newest_checkpoint, read_checkpoint
@@ -125,6 +127,9 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
     backbone, head = build_model(config, prepared.tokenizer.vocabulary.size)
     load_pretrained(config, backbone, head, prepared.tokenizer, say)
     prepare_blocks(backbone, config.trainer)
+    if config.trainer.linear_kernel == LinearKernel.onednn:
+        for part in (backbone, head):
+            use_for_linear_layers(part)
     module = LanguageModule(
         backbone,
         head,

@@ -29,7 +29,7 @@ from heads_lightning.registry import ConfigError
 from heads_lightning.testing import check_head
 from heads_lightning.testing.backbones import check_encoder_decoder, check_isolation, check_sight, enlarged
 from heads_lightning.testing.leaks import check_leaks
-from heads_lightning.training.trainer import resolve_precision
+from heads_lightning.training.agreement import settled
 
 TOY = {"d_model": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "feed_forward_dim": 128, "intermediate_size": 128, "num_ssm": 16}
 """Sizes of a toy model: of the fields that a backbone has, those that are larger."""
@@ -80,8 +80,7 @@ class Probes:
     """The probes of one experiment, and what they share, made when it is first asked for."""
 
     def __init__(self, config: ExperimentConfig, say: Callable[[str], None]) -> None:
-        precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
-        self.config = replace(config, trainer=replace(config.trainer, precision=precision))
+        self.config = replace(config, trainer=settled(config.trainer))
         self._say = say
 
     def named(self) -> list[tuple[str, Callable[[], str]]]:
@@ -130,7 +129,7 @@ class Probes:
         for problem in machine_problems(self.config):
             raise ConfigError(problem)
         trainer = self.config.trainer
-        return f"{trainer.world_size} device(s), {trainer.precision}"
+        return f"{trainer.world_size} device(s), {trainer.arithmetic}"
 
     def data(self) -> str:
         """What training reads, and how much of it teaches."""

@@ -39,7 +39,7 @@ from heads_lightning.pictures import draw
 from heads_lightning.registry import ConfigError
 from heads_lightning.served_model import check_servable, write_model
 from heads_lightning.summary import summary_text
-from heads_lightning.training.agreement import SameConfig, settled_precision
+from heads_lightning.training.agreement import SameConfig, settled
 from heads_lightning.training.averaging import WeightAverage
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.checkpoints import checkpoint_path
@@ -112,8 +112,7 @@ def train(
 
 def _settle(config: ExperimentConfig) -> ExperimentConfig:
     """Replace what depends on the machine by what it means here, so that the saved config says it."""
-    precision = settled_precision(config.trainer)
-    return replace(config, trainer=replace(config.trainer, precision=precision))
+    return replace(config, trainer=settled(config.trainer))
 
 
 def _fit(
@@ -202,7 +201,7 @@ def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.
     console.print(
         f"{config.objective.name} · {config.head.name} head · {config.backbone.name} · {parameters / 1e6:.1f} M parameters · "
         f"{tokens / 1e6:.1f} M positions in {config.trainer.steps(config.data.sequence_length)} steps "
-        f"({tokens / max(prepared.train.tokens, 1):.1f} passes) · {config.trainer.precision} · {trainer.world_size} device(s)",
+        f"({tokens / max(prepared.train.tokens, 1):.1f} passes) · {config.trainer.arithmetic} · {trainer.world_size} device(s)",
         highlight=False,
         soft_wrap=True,
     )

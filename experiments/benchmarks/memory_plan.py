@@ -82,7 +82,7 @@ def child(overrides: list[str], folder: str) -> None:
     from heads_lightning.experiment import build
     from heads_lightning.planning import plan
     from heads_lightning.run import train
-    from heads_lightning.training.agreement import settled_precision
+    from heads_lightning.training.agreement import settled
 
     class Measure(lightning.Callback):
         peak = 0
@@ -99,7 +99,7 @@ def child(overrides: list[str], folder: str) -> None:
                 self.peak = self.mode.peak
 
     config = compose([*overrides, *SHORT])
-    config.trainer.precision = settled_precision(config.trainer)
+    config.trainer = settled(config.trainer)
     parts = build(config, say=lambda line: None)
     expected = plan(
         config,

@@ -22,11 +22,12 @@ from lightning.pytorch.callbacks import Callback
 from heads_lightning.composition import compose, flatten, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.experiment import build
+from heads_lightning.training.agreement import settled
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.optimizers import build_optimizer
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.tracking import open_run
-from heads_lightning.training.trainer import build_trainer, resolve_precision
+from heads_lightning.training.trainer import build_trainer
 
 
 class Clock:
@@ -104,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         fixed = [f"trainer.max_steps={arguments.steps}", f"run_root={folder}", "trainer.val_every_steps=100000"]
         config = compose([*arguments.overrides, *fixed])
-        config.trainer.precision = resolve_precision(config.trainer.precision, config.trainer.accelerator)
+        config.trainer = settled(config.trainer)
         by_hand(config, arguments.steps)  # prepares the data, warms the allocator
         rows = []
         for number in range(arguments.rounds):

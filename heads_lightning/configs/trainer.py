@@ -30,6 +30,17 @@ class Parallel(StrEnum):
     """tensor inside groups of tensor_size devices, fsdp between the groups: the traffic of activations stays inside a group."""
 
 
+class LinearKernel(StrEnum):
+    """What multiplies in linear layers, forward and backward. The numbers are the same but for rounding."""
+
+    auto = "auto"
+    """onednn where it multiplies fp32 clearly faster on this machine and can be had (see onednn), else torch."""
+    torch = "torch"
+    """What PyTorch takes by itself: MKL on x86."""
+    onednn = "onednn"
+    """oneDNN, which some AMD processors run at twice the rate of MKL. For fp32 on a CPU; small layers stay torch's."""
+
+
 FULLY_SHARDED = (Parallel.fsdp, Parallel.hsdp, Parallel.fsdp_tensor)
 """Layouts that gather a block's weights just before it is used."""
 
@@ -83,6 +94,8 @@ class TrainerConfig(Option):
     the residual stream is bfloat16 too. Gradients are reduced, and weights kept, in float32."""
     precision: str = "auto"
     """auto (bf16-mixed where the processor multiplies bf16 faster than fp32, else 32-true), 32-true, bf16-mixed, bf16-true, 16-mixed."""
+    linear_kernel: LinearKernel = LinearKernel.auto
+    """What multiplies in linear layers."""
     compile: bool = False
     """torch.compile the backbone: a minute at the start, faster steps after it."""
     compile_blocks: bool = False
@@ -138,6 +151,7 @@ class TrainerConfig(Option):
                 f"e.g. trainer.max_steps=1000 trainer.max_tokens=null"
             )
         self._check_layout()
+        self._check_linear_kernel()
         if self.global_batch_size % self.data_ranks:
             sharing = "devices" if self.tensor_ranks == 1 else f"groups of {self.tensor_ranks} devices"
             raise ConfigError(
@@ -170,6 +184,23 @@ class TrainerConfig(Option):
         if self.parallel == Parallel.fsdp_tensor:
             self._check_groups("tensor_size", self.tensor_ranks, "each group computes a sequence together", Parallel.tensor)
 
+    def _check_linear_kernel(self) -> None:
+        """Refuse oneDNN where no layer would ask it."""
+        if self.linear_kernel != LinearKernel.onednn:
+            return
+        instead = {
+            "precision": ("32-true", self.precision in ("auto", "32-true")),
+            "accelerator": ("cpu", self.accelerator in ("auto", "cpu")),
+            "compile": ("false", not self.compile),
+            "parallel": ("fsdp", self.tensor_ranks == 1),
+        }
+        for field, (able, fits) in instead.items():
+            if not fits:
+                raise ConfigError(
+                    f"trainer.linear_kernel=onednn has no part in trainer.{field}={getattr(self, field)}; "
+                    f"use trainer.linear_kernel=torch, or trainer.{field}={able}"
+                )
+
     def _check_owner(self, field: str, given: bool, owners: tuple[Parallel, ...]) -> None:
         """Refuse a field that the layout would ignore."""
         if given and self.parallel not in owners:
@@ -188,6 +219,11 @@ class TrainerConfig(Option):
             f"trainer.parallel={self.parallel} cannot make groups of {size} of {self.world_size} devices ({what}, and there are several "
             f"groups); {instead}"
         )
+
+    @property
+    def arithmetic(self) -> str:
+        """Precision and, where it is not PyTorch's own choice, what multiplies; in words."""
+        return f"{self.precision}, linear layers by oneDNN" if self.linear_kernel == LinearKernel.onednn else self.precision
 
     @property
     def is_sharded(self) -> bool:

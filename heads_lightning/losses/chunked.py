@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heads_lightning import onednn
 from heads_lightning.losses import chunked_blocks
 from heads_lightning.losses import chunked_kernels as kernels
 from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
 from heads_lightning.losses.chunked_blocks import Matmul, blocked
 from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats, Spec
 from heads_lightning.losses.once import refuse_again
-from heads_lightning.losses.onednn import mkl, onednn, onednn_wins
 
 FEATURES = frozenset(Feature)
 WORKSPACE_BYTES = 36 << 20
@@ -239,5 +239,5 @@ def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | 
     if not plain or spec.classes <= chunked_blocks.BLOCK_COLUMNS:
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:
-        return onednn if onednn_wins(torch.get_num_threads()) else mkl
-    return mkl
+        return onednn.product if onednn.is_faster() else onednn.torch_product
+    return onednn.torch_product

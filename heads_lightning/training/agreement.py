@@ -6,6 +6,8 @@ sweep, or where a default depends on the clock or on the machine. So the resolve
 
 import hashlib
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,36 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from heads_lightning.configs.trainer import TrainerConfig
+from heads_lightning.configs.trainer import LinearKernel, TrainerConfig
 from heads_lightning.registry import RunError
-from heads_lightning.training.trainer import resolve_precision
+from heads_lightning.training.trainer import check_linear_kernel, resolve_linear_kernel, resolve_precision
 
-PRECISION_VARIABLE = "HEADS_LIGHTNING_PRECISION"
-"""Environment variable that hands the first rank's `trainer.precision=auto` down to the ranks that Lightning starts from it."""
+MEASURED = "HEADS_LIGHTNING_{}"
+"""Environment variables that hand what the first rank measured for `trainer.FIELD=auto` down to the ranks that Lightning starts from it."""
 
 
-def settled_precision(trainer: TrainerConfig) -> str:
-    """The precision that `auto` means here; it is measured, so one rank measures for those that it starts."""
-    if trainer.precision != "auto":
-        return trainer.precision
-    handed_down = os.environ.get(PRECISION_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
-    precision = handed_down or resolve_precision("auto", trainer.accelerator)
-    os.environ[PRECISION_VARIABLE] = precision
-    return precision
+def settled(trainer: TrainerConfig) -> TrainerConfig:
+    """The same with `auto` replaced by what it means on this machine. It is measured: so one rank measures for those that it starts, and a
+    run that is resumed finds the answer in its config.
+
+    Raises:
+        ConfigError: this machine cannot do what the config asks for.
+    """
+    if trainer.precision == "auto":
+        trainer = replace(trainer, precision=_measured("PRECISION", lambda: resolve_precision("auto", trainer.accelerator)))
+    if trainer.linear_kernel == LinearKernel.auto:
+        kernel = _measured("LINEAR_KERNEL", lambda: resolve_linear_kernel(trainer).value)
+        trainer = replace(trainer, linear_kernel=LinearKernel(kernel))
+    check_linear_kernel(trainer)
+    return trainer
+
+
+def _measured(field: str, measure: Callable[[], str]) -> str:
+    """What `measure` gives, or gave on the first rank of those that were started together."""
+    variable = MEASURED.format(field)
+    handed_down = os.environ.get(variable) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+    os.environ[variable] = value = handed_down or measure()
+    return value
 
 
 class SameConfig(Callback):

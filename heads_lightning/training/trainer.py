@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -11,8 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
-from heads_lightning.configs.trainer import Parallel, TrainerConfig
+from heads_lightning import onednn
+from heads_lightning.configs.trainer import LinearKernel, Parallel, TrainerConfig
+from heads_lightning.registry import ConfigError
 from heads_lightning.training.checkpoints import AtomicCheckpointIO
+
+log = logging.getLogger(__name__)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
@@ -26,25 +30,45 @@ def resolve_precision(precision: str, accelerator: str) -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
         return "32-true"
-    exact, rough = _product_seconds(torch.float32, torch.bfloat16)
+    operands = [torch.ones(512, 512, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    exact, rough = onednn.least_seconds(*(lambda operand=operand: torch.mm(operand, operand) for operand in operands))
     return "bf16-mixed" if rough * 1.3 < exact else "32-true"
 
 
-def _product_seconds(*dtypes: torch.dtype, size: int = 512, repeats: int = 9) -> list[float]:
-    """Least processor time of a matrix product of each type, on one thread: a busy machine must not change what a run computes in."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        operands = [torch.ones(size, size, dtype=dtype) for dtype in dtypes]
-        best = [float("inf")] * len(dtypes)
-        for _ in range(repeats):
-            for i, operand in enumerate(operands):
-                start = time.thread_time()
-                torch.mm(operand, operand)
-                best[i] = min(best[i], time.thread_time() - start)
-        return best
-    finally:
-        torch.set_num_threads(threads)
+def resolve_linear_kernel(trainer: TrainerConfig) -> LinearKernel:
+    """`auto` as what multiplies fp32 faster on this machine. The log says which and why.
+
+    Args:
+        trainer: with a concrete precision.
+    """
+    kernel, why = _choose_linear_kernel(trainer)
+    log.info("trainer.linear_kernel=auto takes %s: %s", kernel, why)
+    return kernel
+
+
+def _choose_linear_kernel(trainer: TrainerConfig) -> tuple[LinearKernel, str]:
+    """(kernel, reason)."""
+    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    reasons = {
+        f"oneDNN is faster in fp32 alone, and trainer.precision={trainer.precision}": trainer.precision != "32-true",
+        "there is another device than the CPU": trainer.accelerator != "cpu" and (trainer.accelerator != "auto" or has_accelerator),
+        "trainer.compile=true makes its own": trainer.compile,
+        f"trainer.parallel={trainer.parallel} shares out every matrix": trainer.tensor_ranks > 1,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        return LinearKernel.torch, reason
+    if not onednn.is_right():
+        return LinearKernel.torch, "PyTorch has no product of oneDNN here that is right"
+    kernel = LinearKernel.onednn if onednn.is_faster() else LinearKernel.torch
+    return kernel, f"an fp32 product by oneDNN took {onednn.share_of_torch():.2f} of torch's time on this processor"
+
+
+def check_linear_kernel(trainer: TrainerConfig) -> None:
+    """Refuse oneDNN where it does not exist or is wrong."""
+    if trainer.linear_kernel == LinearKernel.onednn and not onednn.is_right():
+        raise ConfigError(
+            "trainer.linear_kernel=onednn: this machine's PyTorch has no product of oneDNN that is right; use trainer.linear_kernel=torch"
+        )
 
 
 def _strategy(config: TrainerConfig) -> Any:
