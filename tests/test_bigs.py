@@ -147,12 +147,12 @@ def test_every_convolution_is_the_direct_sum_and_the_recurrence(length: int, rev
     system = system_of()
     u = torch.randn(2, length, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     flipped = u.flip(1) if reverse else u
-    want = direct_sum(flipped, complex_kernel(system, length))
-    torch.testing.assert_close(recurrence(flipped, system), want, rtol=1e-11, atol=1e-11)
+    want = direct_sum(flipped, complex_kernel(system, length)) + system.D * flipped
+    torch.testing.assert_close(recurrence(flipped, system) + system.D * flipped, want, rtol=1e-11, atol=1e-11)
     want = want.flip(1) if reverse else want
     discrete = system.system()
     ways = {
-        "fft": ssm.fft_convolution(u, discrete.kernel(length), reverse),
+        "fft": ssm.fft_convolution(u, discrete.response(length), reverse),
         "toeplitz": ssm.toeplitz_convolution(u, discrete, segments_BS=None, reverse=reverse),
         "chunked": ssm.chunked_convolution(flipped, discrete, segments_BS=None),
     }
@@ -177,9 +177,9 @@ def test_gradients_of_the_convolutions_agree(form: Convolution, length: int) -> 
             if way == "ours":
                 y = ssm.convolve(given, system.system(), form=form, segments_BS=None, reverse=reverse)
             else:
-                matrix = ssm.toeplitz(complex_kernel(system, length))
+                matrix = ssm.toeplitz(complex_kernel(system, length)) + system.D * torch.eye(length)
                 y = (matrix.T if reverse else matrix) @ given
-            results.append(torch.autograd.grad(y, [given, system.log_step, system.A_re, system.A_im, system.C], upstream))
+            results.append(torch.autograd.grad(y, [given, *system.parameters()], upstream))
     for ours, matrix in zip(results[:2], results[2:], strict=True):
         for mine, other in zip(ours, matrix, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-8)

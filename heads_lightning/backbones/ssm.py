@@ -47,12 +47,14 @@ class Pair(NamedTuple):
 
 
 class System(NamedTuple):
-    """A discretised system; tensors [M] in fp64 (fp32 where the device has no fp64)."""
+    """A discretised system; tensors [M], D [1], in fp64 (fp32 where the device has no fp64)."""
 
     rate: Pair
     """λ: log of what a mode is multiplied by in one step."""
     gain: Pair
     """g: what the output takes from the state."""
+    D: Tensor
+    """What it takes from the input at the same position."""
 
     def powers(self, exponents: Tensor) -> Pair:
         """e^{lλ}, [len(exponents), M]."""
@@ -70,6 +72,10 @@ class System(NamedTuple):
         left = self.powers(torch.arange(length - 1, -1, -1, device=self.rate.re.device))
         return torch.cat((left.re, left.im), dim=1).T
 
+    def response(self, length: int) -> Tensor:
+        """What an input adds to the outputs 0 … length − 1 positions later: K, and D at once. So the term D u costs nothing of its own."""
+        return self.kernel(length) + F.pad(self.D, (0, length - 1))
+
     def kernel(self, length: int) -> Tensor:
         """K[0 … length − 1]."""
         fine = max(1, 2 ** round(math.log2(length) / 2))
@@ -79,8 +85,8 @@ class System(NamedTuple):
         return (coarse_I2M @ torch.cat((powers.re, powers.im), dim=1).T).flatten()[:length]
 
 
-def discretise(log_step: Tensor, A_re: Tensor, A_im: Tensor, C: Tensor) -> System:
-    """Zero-order hold with B = 1. log_step [1], A_re and A_im [M], C [M, 2] (real and imaginary part)."""
+def discretise(log_step: Tensor, A_re: Tensor, A_im: Tensor, C: Tensor, D: Tensor) -> System:
+    """Zero-order hold with B = 1. log_step and D [1], A_re and A_im [M], C [M, 2] (real and imaginary part)."""
     exact = torch.float32 if log_step.device.type == "mps" else torch.float64
     dt, im = log_step.to(exact).exp(), A_im.to(exact)
     re = A_re.to(exact).clamp(max=-LEAST_DECAY)
@@ -91,7 +97,7 @@ def discretise(log_step: Tensor, A_re: Tensor, A_im: Tensor, C: Tensor) -> Syste
     held = grown.times(inverse)
     size = re.square() + im.square()
     gain = Pair(*C.to(exact).unbind(dim=1)).times(Pair(held.re / size, held.im / size))
-    return System(rate, gain)
+    return System(rate, gain, D.to(exact))
 
 
 class S4D(nn.Module):
@@ -131,14 +137,13 @@ class S4D(nn.Module):
                 f"the parameters of a state-space model arrive in {self.log_step.dtype}, in which they are another system; "
                 f"keep its module out of mixed precision, e.g. fully_shard(module, mp_policy=MixedPrecisionPolicy()) for each S4D"
             )
-        return discretise(self.log_step, self.A_re, self.A_im, self.C)
+        return discretise(self.log_step, self.A_re, self.A_im, self.C, self.D)
 
     def forward(self, u_BSD: Tensor, *, form: Convolution, segments_BS: Tensor | None = None, reverse: bool = False) -> Tensor:
         """y of every position from those before it (`reverse`: after it) in its segment, in the type of the input."""
         with torch.autocast(u_BSD.device.type, enabled=False):
-            exact_BSD = u_BSD.to(self.D.dtype)
-            y_BSD = convolve(exact_BSD, self.system(), form=form, segments_BS=segments_BS, reverse=reverse)
-            return torch.addcmul(y_BSD, exact_BSD, self.D).to(u_BSD.dtype)
+            y_BSD = convolve(u_BSD.to(self.D.dtype), self.system(), form=form, segments_BS=segments_BS, reverse=reverse)
+            return y_BSD.to(u_BSD.dtype)
 
     def read_on(self, u_BSD: Tensor, state: State, *, form: Convolution, segments_BS: Tensor | None, same_BS: Tensor | None) -> Tensor:
         """The same for positions that follow those in `state`, which is brought forward.
@@ -154,21 +159,21 @@ class S4D(nn.Module):
                 y_BSD = state.advance(exact_BSD, same_BS)
             else:
                 y_BSD = state.advance_many(exact_BSD, self.system(), form=form, segments_BS=segments_BS, same_BS=same_BS)
-            return torch.addcmul(y_BSD, exact_BSD, self.D).to(u_BSD.dtype)
+            return y_BSD.to(u_BSD.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- convolution
 
 
 def convolve(u_BSD: Tensor, system: System, *, form: Convolution, segments_BS: Tensor | None, reverse: bool) -> Tensor:
-    """Causal convolution with the kernel, or with time reversed; [B, S, D] in the input's type, without the term D u.
+    """Causal convolution with the kernel, or with time reversed; [B, S, D] in the input's type.
 
     `auto` takes the Fourier transform wherever a row is one document: as fast as a matrix product at 128 positions, and 1.7 to 2.4 times as
     fast as the best form of one from 512 to 4096 (CPU, experiments/benchmarks/bigs.py). On packed rows there is no choice.
     """
     size = u_BSD.shape[1]
     if segments_BS is None and form != Convolution.chunked:
-        return fft_convolution(u_BSD, system.kernel(size).to(u_BSD.dtype), reverse)
+        return fft_convolution(u_BSD, system.response(size).to(u_BSD.dtype), reverse)
     if size <= WHOLE_UP_TO:
         return toeplitz_convolution(u_BSD, system, segments_BS=segments_BS, reverse=reverse)
     if not reverse:
@@ -186,7 +191,7 @@ def toeplitz(kernel_P: Tensor) -> Tensor:
 
 def toeplitz_convolution(u_BSD: Tensor, system: System, *, segments_BS: Tensor | None, reverse: bool) -> Tensor:
     """One matrix product over all positions."""
-    matrix_SS = toeplitz(system.kernel(u_BSD.shape[1]).to(u_BSD.dtype))
+    matrix_SS = toeplitz(system.response(u_BSD.shape[1]).to(u_BSD.dtype))
     if reverse:
         matrix_SS = matrix_SS.T
     if segments_BS is None:
@@ -202,7 +207,7 @@ def chunked_convolution(u_BSD: Tensor, system: System, *, segments_BS: Tensor | 
     segments_BCP = None
     if segments_BS is not None:
         segments_BCP = F.pad(segments_BS, (0, chunks * CHUNK - size), value=-2).unflatten(1, (chunks, CHUNK))
-    inside_PP = toeplitz(system.kernel(CHUNK).to(dtype))
+    inside_PP = toeplitz(system.response(CHUNK).to(dtype))
     written_BCPD = u_BCPD
     if segments_BCP is not None:
         inside_PP = torch.where(segments_BCP[..., :, None] == segments_BCP[..., None, :], inside_PP, 0.0)
@@ -250,43 +255,58 @@ def fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
     return _fft_convolution(u_BSD, kernel_S, reverse)[0]
 
 
-# Operators of their own: torch.compile then sees no complex tensor, for which it has no code. Transforms run along contiguous memory, and
-# that of the input is kept for the backward pass: half the time of transforms over the middle dimension (experiments/benchmarks/bigs.py).
-# conj_physical and not conj: in a compiled graph, the lazy one is silently left out inside an operator. G: frequencies.
+# Operators of their own: torch.compile then sees no complex tensor, for which it has no code. The kernel is real, so two neighbouring
+# channels are convolved as real and imaginary part of one: no more frequencies than a real transform has for both, and memory is copied in
+# pairs. Transforms run along contiguous memory, and that of the input is kept for the backward pass (experiments/benchmarks/bigs.py).
+# conj_physical and not conj: in a compiled graph, the lazy one is silently left out inside an operator. G: frequencies, E: pairs.
 
 
 @torch.library.custom_op("heads_lightning::fft_convolution", mutates_args=())
 def _fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """y [B, S, D], and the transform of the input as reals [B, D, G, 2]."""
-    length = u_BSD.shape[1]
-    size = fast_size(2 * length)
-    kernel_G = torch.fft.rfft(kernel_S, n=size)
-    u_BDG = torch.fft.rfft(u_BSD.transpose(1, 2).contiguous(), n=size)
-    y_BDS = torch.fft.irfft(u_BDG * (kernel_G.conj_physical() if reverse else kernel_G), n=size)[..., :length]
-    return y_BDS.transpose(1, 2).contiguous(), torch.view_as_real(u_BDG)
+    """y [B, S, D], and the transform of the input as reals [B, E, G, 2]."""
+    u_BEG = _transform(u_BSD)
+    kernel_G = torch.fft.fft(kernel_S, n=u_BEG.shape[-1])
+    return _transform_back(u_BEG * (kernel_G.conj_physical() if reverse else kernel_G), u_BSD), torch.view_as_real(u_BEG)
+
+
+def _transform(x_BSD: Tensor) -> Tensor:
+    """Fourier transform over twice the positions, [B, E, G]; the last of an odd number of channels is paired with zeros."""
+    rows, length, width = x_BSD.shape
+    even_BSD = F.pad(x_BSD, (0, width % 2)).contiguous()
+    x_BSE = torch.view_as_complex(even_BSD.unflatten(2, (-1, 2)))
+    padded_BEG = x_BSE.new_empty(rows, x_BSE.shape[2], fast_size(2 * length))
+    padded_BEG[..., :length] = x_BSE.transpose(1, 2)
+    padded_BEG[..., length:] = 0
+    return torch.fft.fft(padded_BEG)
+
+
+def _transform_back(x_BEG: Tensor, like_BSD: Tensor) -> Tensor:
+    """The first positions, in the shape of `like_BSD`."""
+    _, length, width = like_BSD.shape
+    x_BSE = torch.fft.ifft(x_BEG)[..., :length].transpose(1, 2).contiguous()
+    return torch.view_as_real(x_BSE).flatten(2)[..., :width].contiguous()
 
 
 @_fft_convolution.register_fake
 def _(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     rows, length, width = u_BSD.shape
-    return torch.empty_like(u_BSD), u_BSD.new_empty(rows, width, fast_size(2 * length) // 2 + 1, 2)
+    return torch.empty_like(u_BSD), u_BSD.new_empty(rows, (width + 1) // 2, fast_size(2 * length), 2)
 
 
 @torch.library.custom_op("heads_lightning::fft_convolution_backward", mutates_args=())
-def _fft_convolution_backward(grad_BSD: Tensor, u_BDG2: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def _fft_convolution_backward(grad_BSD: Tensor, u_BEG2: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Gradients of input and kernel: a correlation where the forward pass convolves, and the other way round."""
-    length = grad_BSD.shape[1]
-    size = fast_size(2 * length)
-    kernel_G = torch.fft.rfft(kernel_S, n=size)
-    grad_BDG = torch.fft.rfft(grad_BSD.transpose(1, 2).contiguous(), n=size)
-    product_G = (torch.view_as_complex(u_BDG2).conj_physical() * grad_BDG).sum((0, 1))
-    grad_kernel_S = torch.fft.irfft(product_G.conj_physical() if reverse else product_G, n=size)[:length]
-    grad_BDS = torch.fft.irfft(grad_BDG.mul_(kernel_G if reverse else kernel_G.conj_physical()), n=size)[..., :length]
-    return grad_BDS.transpose(1, 2).contiguous(), grad_kernel_S.contiguous()
+    grad_BEG = _transform(grad_BSD)
+    kernel_G = torch.fft.fft(kernel_S, n=grad_BEG.shape[-1])
+    product_G = (torch.view_as_complex(u_BEG2).conj_physical() * grad_BEG).sum((0, 1))
+    # the correlations of a pair's channels with themselves add up in the real part; those of one with the other are the imaginary part
+    grad_kernel_S = torch.fft.ifft(product_G.conj_physical() if reverse else product_G).real[: len(kernel_S)]
+    grad_BEG *= kernel_G if reverse else kernel_G.conj_physical()
+    return _transform_back(grad_BEG, grad_BSD), grad_kernel_S.contiguous()
 
 
 @_fft_convolution_backward.register_fake
-def _(grad_BSD: Tensor, u_BDG2: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+def _(grad_BSD: Tensor, u_BEG2: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(grad_BSD), torch.empty_like(kernel_S)
 
 
@@ -312,13 +332,15 @@ class Step(NamedTuple):
     """e^λ, [M, 1]."""
     read_12M: Tensor
     """Output from the state after the step."""
+    D: Tensor
+    """Output from the input."""
 
     @classmethod
     def of(cls, system: System, dtype: torch.dtype) -> Step:
         """The step of a system."""
         one = system.powers(torch.ones(1, device=system.rate.re.device))
         read = system.read_out(torch.zeros(1, device=system.rate.re.device))
-        return cls(Pair(one.re.T.to(dtype), one.im.T.to(dtype)), read.to(dtype))
+        return cls(Pair(one.re.T.to(dtype), one.im.T.to(dtype)), read.to(dtype), system.D.to(dtype))
 
 
 class State:
@@ -330,7 +352,7 @@ class State:
         """Made when it is first needed: the weights must not change between reading and reading on."""
 
     def advance(self, u_B1D: Tensor, same_B1: Tensor | None) -> Tensor:
-        """One position; y without the term D u."""
+        """One position."""
         assert self.step is not None
         if same_B1 is not None:
             self.values_BXD *= same_B1[:, :, None]
@@ -339,7 +361,7 @@ class State:
         new_re = torch.addcmul(u_B1D, factor.re, re).addcmul_(factor.im, im, value=-1)
         im.mul_(factor.re).addcmul_(factor.im, re)
         re.copy_(new_re)
-        return self.step.read_12M @ self.values_BXD
+        return torch.addcmul(self.step.read_12M @ self.values_BXD, u_B1D, self.step.D)
 
     def advance_many(
         self, u_BSD: Tensor, system: System, *, form: Convolution, segments_BS: Tensor | None, same_BS: Tensor | None
