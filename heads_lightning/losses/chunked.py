@@ -30,7 +30,7 @@ WORKSPACE_BYTES = 36 << 20
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
 """More rows in a chunk gain nothing on a CPU."""
-PROBE_FLOP = 2**33
+PROBE_FLOP = 2**27
 """Below this size of one matrix product it is not worth finding out which library is faster."""
 
 
