@@ -134,6 +134,30 @@ def test_the_kernel_keeps_six_digits_far_away(log_step: float) -> None:
     assert (system.system().kernel(4096).float() - exact).norm() <= 1e-6 * exact.norm()
 
 
+def test_a_mode_never_grows() -> None:
+    """Learning may carry Re A above zero; the published models hold it at −0.0001."""
+    system, held = system_of(8), system_of(8)
+    with torch.no_grad():
+        system.A_re[::2] = 3.0
+        held.A_re[::2] = -1e-4
+    assert torch.equal(system.system().kernel(200), held.system().kernel(200))
+
+
+def test_a_new_system_is_s4d_lin() -> None:
+    small = [S4D(1) for _ in range(200)]
+    for seed, one in enumerate(small):
+        one.reset_parameters(torch.Generator().manual_seed(seed))
+    steps = torch.cat([one.log_step.detach().exp() for one in small])
+    assert 0.01 <= steps.min() < 0.012
+    assert 0.85 < steps.max() <= 1.0
+    system = S4D(512)
+    system.reset_parameters(torch.Generator().manual_seed(0))
+    assert torch.equal(system.A_re, torch.full((512,), -0.5))
+    torch.testing.assert_close(system.A_im, math.pi * torch.arange(512))
+    assert float(system.C.square().sum(1).mean()) == pytest.approx(1.0, rel=0.2)
+    assert float(system.D) == 1.0
+
+
 def system_cast(system: S4D) -> S4D:
     """A copy in fp64."""
     made = S4D(system.A_re.shape[0])

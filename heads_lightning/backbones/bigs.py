@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Backbone, Cache
+from heads_lightning.backbones.gelu import gelu_tanh
 from heads_lightning.backbones.layers import compute_dtype, positions_in_segments
 from heads_lightning.backbones.ssm import S4D, State
 from heads_lightning.batch import Attention, Batch
@@ -30,7 +31,7 @@ from heads_lightning.registry import ConfigError
 
 GATES: dict[GateActivation, Callable[[Tensor], Tensor]] = {
     GateActivation.gelu: F.gelu,
-    GateActivation.gelu_tanh: lambda x: F.gelu(x, approximate="tanh"),
+    GateActivation.gelu_tanh: gelu_tanh,
 }
 
 

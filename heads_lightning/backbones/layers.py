@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Cache
+from heads_lightning.backbones.gelu import gelu_tanh
 from heads_lightning.batch import Attention, Batch
 from heads_lightning.configs.base import NormType
 from heads_lightning.configs.layers import Activation, RotaryScaling, RotaryScalingType
@@ -25,7 +25,7 @@ from heads_lightning.configs.layers import Activation, RotaryScaling, RotaryScal
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.silu: F.silu,
     Activation.gelu: F.gelu,
-    Activation.gelu_tanh: partial(F.gelu, approximate="tanh"),
+    Activation.gelu_tanh: gelu_tanh,
     Activation.relu: F.relu,
     Activation.relu_squared: lambda x: F.relu(x).square(),
 }
