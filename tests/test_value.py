@@ -96,19 +96,19 @@ def test_gae_carries_over_masked_tokens() -> None:
 @given(st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
 def test_gae_is_its_definition_and_packed_sequences_are_apart(seed: int) -> None:
-    """Against the double sum of the paper, each sequence by itself."""
+    """Against the double sum of the paper, each sequence by itself; what masked tokens earn is the token's before them."""
     rng = np.random.default_rng(seed)
     gamma, lam = rng.uniform(0.5, 1, 2)
     length, cut = 12, int(rng.integers(2, 10))
     rewards, values, mask = rng.normal(size=(1, length)), rng.normal(size=(1, length)), rng.random((1, length)) < 0.7
-    rewards = np.where(mask, rewards, 0)
     segments = (np.arange(length) >= cut).astype(np.int32)[None]
     found = gae(rewards, values, mask, gamma=gamma, lam=lam, segments_BS=segments)[0][0]
     wanted = np.zeros(length)
     for part in (range(cut), range(cut, length)):
         acts = [t for t in part if mask[0, t]]
         v = [values[0, t] for t in acts] + [0.0]
-        deltas = [rewards[0, t] + gamma * v[i + 1] - v[i] for i, t in enumerate(acts)]
+        earned = [rewards[0, t:end].sum() for t, end in zip(acts, [*acts[1:], part.stop], strict=True)] if acts else []
+        deltas = [earned[i] + gamma * v[i + 1] - v[i] for i in range(len(acts))]
         for i, t in enumerate(acts):
             wanted[t] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:]))
     assert found == pytest.approx(wanted, abs=1e-5)
