@@ -362,6 +362,11 @@ def test_alignment_says_which_position_scores_which_token() -> None:
     assert before.labels_BS[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
     assert scored_tokens(after, ValueAlignment.after_token)[0].tolist() == [IGNORE, 11, 12, IGNORE, 14, IGNORE]
     assert scored_tokens(before, ValueAlignment.state_before_action)[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
+    firsts = scored(
+        [[10, 11, 12, 13]], [[1, 1, 1, 1]], [[0.0, 0.1, 0.2, 0.3]], [[0, 0, 1, 1]]
+    )  # nothing stands before a sequence's first token
+    before = Value(ValueConfig(alignment=ValueAlignment.state_before_action), byte_vocabulary()).scored_examples(firsts)
+    assert before.labels_BS[0].tolist() == [11, IGNORE, 13, IGNORE]
     last = Value(ValueConfig(positions=ValuePositions.last), byte_vocabulary()).scored_examples(given)
     assert (last.labels_BS[0] != IGNORE).tolist() == [False, False, True, False, True, False]
 
