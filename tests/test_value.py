@@ -422,6 +422,7 @@ def test_the_built_in_task_tells_the_truth() -> None:
             scored_here = made.labels_BS[row][here] != IGNORE
             values = made.values_BS[row][here][scored_here]
             assert not scored_here[before == 0].any()
+            assert np.array_equal(before == 0, after == 0)  # a marker stays, and none is drawn
             assert set(values) <= {float((before == after).all())}
             outcomes += values[:1].tolist()
     assert 0.4 < np.mean(outcomes) < 0.65
