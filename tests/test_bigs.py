@@ -327,6 +327,16 @@ def test_the_state_does_not_grow() -> None:
     assert (held(), cache.length) == (before, 500)
 
 
+def test_documents_read_one_position_at_a_time_stay_apart() -> None:
+    model, tokens = enlarged(CAUSAL), draw_tokens(2, 20)
+    segments = (torch.arange(20) >= torch.tensor([[8], [13]])).long()
+    with torch.no_grad():
+        cache = model.new_cache(2, 20)
+        steps = zip(tokens.split(1, dim=1), segments.split(1, dim=1), strict=True)
+        got = [model(batch_of(token, segments_BS=segment), cache) for token, segment in steps]
+        torch.testing.assert_close(torch.cat(got, 1), model(batch_of(tokens, segments_BS=segments)), rtol=1e-9, atol=1e-9)
+
+
 def test_a_prompt_of_two_documents_leaves_the_state_of_the_last() -> None:
     model, tokens = enlarged(CAUSAL), draw_tokens(1, 20)
     segments = (torch.arange(20) >= 8).long()[None]
