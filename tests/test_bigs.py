@@ -154,7 +154,7 @@ def test_a_new_system_is_s4d_lin() -> None:
     system.reset_parameters(torch.Generator().manual_seed(0))
     assert torch.equal(system.A_re, torch.full((512,), -0.5))
     torch.testing.assert_close(system.A_im, math.pi * torch.arange(512))
-    assert float(system.C.square().sum(1).mean()) == pytest.approx(1.0, rel=0.2)
+    assert float(system.C.detach().square().sum(1).mean()) == pytest.approx(1.0, rel=0.2)
     assert float(system.D) == 1.0
 
 
@@ -327,12 +327,14 @@ def test_the_state_does_not_grow() -> None:
     assert (held(), cache.length) == (before, 500)
 
 
-def test_documents_read_one_position_at_a_time_stay_apart() -> None:
+@pytest.mark.parametrize("sizes", [[1] * 20, [5, 6, 9]], ids=["positions", "pieces"])
+def test_documents_read_bit_by_bit_stay_apart(sizes: list[int]) -> None:
+    """Borders lie inside pieces, in another place in each row."""
     model, tokens = enlarged(CAUSAL), draw_tokens(2, 20)
     segments = (torch.arange(20) >= torch.tensor([[8], [13]])).long()
     with torch.no_grad():
         cache = model.new_cache(2, 20)
-        steps = zip(tokens.split(1, dim=1), segments.split(1, dim=1), strict=True)
+        steps = zip(tokens.split(sizes, dim=1), segments.split(sizes, dim=1), strict=True)
         got = [model(batch_of(token, segments_BS=segment), cache) for token, segment in steps]
         torch.testing.assert_close(torch.cat(got, 1), model(batch_of(tokens, segments_BS=segments)), rtol=1e-9, atol=1e-9)
 
