@@ -209,6 +209,20 @@ def test_gradients_of_the_convolutions_agree(form: Convolution, length: int) -> 
             torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("transforms", [1, 2, 3, 8], ids=lambda n: f"{n} at a time")
+def test_blocks_of_transforms_are_those_made_at_once(monkeypatch: pytest.MonkeyPatch, transforms: int) -> None:
+    """5 rows of 3 pairs: some pairs of a row, a row, several rows; the last block is smaller."""
+    generator, found = torch.Generator().manual_seed(0), []
+    u, kernel, upstream = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 9, 6), (9,), (5, 9, 6)))
+    for at_once in (100, transforms):
+        monkeypatch.setattr(ssm, "CACHED_BYTES", at_once * ssm.fast_size(18) * 16)
+        given = u.clone().requires_grad_(), kernel.clone().requires_grad_()
+        y = ssm.fft_convolution(*given, False)
+        found.append((y, *torch.autograd.grad(y, given, upstream)))
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_shapes_and_published_sizes() -> None:
     """347,756,950 with the pooler that is never trained; num_params of the config and of what is built agree (test_backbones)."""
     made = {name: tuple(p.shape) for name, p in S4D(64).named_parameters()}
