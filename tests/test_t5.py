@@ -189,7 +189,9 @@ def test_head_of_every_preset(preset: T5Preset) -> None:
 @pytest.mark.parametrize("preset", list(T5Preset))
 def test_a_new_model_begins_near_ln_v(preset: T5Preset, tied: bool) -> None:
     torch.manual_seed(0)
-    backbone = T5Config(preset=preset, d_model=64, num_layers=2, num_heads=4).build(vocab_size=256)
+    config = T5Config(preset=preset, d_model=64, num_layers=2, num_heads=4).fitted(tied=tied)
+    assert config.embedding_init_std == (0.02 if tied or preset == T5Preset.megatron else 1.0)
+    backbone = config.build(vocab_size=256)
     head = T5LMHeadConfig(preset=preset, tie_embeddings=tied).build(
         d_model=64, vocab_size=256, embedding=backbone.embedding if tied else None
     )
