@@ -105,6 +105,12 @@ def test_a_finished_run_can_be_trained_further(tiny: list[str], tmp_path: Path) 
     assert read_checkpoint(newest_checkpoint(tmp_path / "run"))["global_step"] == 6
 
 
+def test_a_run_shorter_than_the_logging_interval_logs_once(tiny: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    train(compose([*tiny, "trainer.max_steps=2", "trainer.log_every_steps=10"]), tmp_path)
+    assert [p["step"] for p in points(tmp_path) if "train/loss" in p] == [2]
+    assert not [w for w in recwarn if "logging interval" in str(w.message)]
+
+
 def test_a_different_seed_gives_different_weights(tiny: list[str], tmp_path: Path) -> None:
     for seed in (0, 1):
         train(compose([*tiny, f"seed={seed}"]), tmp_path / str(seed))
