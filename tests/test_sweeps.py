@@ -257,7 +257,7 @@ def test_a_second_command_runs_what_is_left_and_new_cells(failing: tuple) -> Non
     folder, _, overrides = failing
     before = starts(folder)
     kept = (folder / "0" / "metrics.jsonl").read_bytes()
-    more = [*overrides[:-1], "optimizer.learning_rate=1e-3,3e-3"]
+    more = [*overrides[:-1], "optimizer.learning_rate=1e-3,1e30,3e-3"]
     assert sweep(folder, f"sweep.resume={folder}", *more, check=False).returncode == 1
     assert starts(folder)[len(before) :] == [before[1], list(Ledger.of(folder).entries())[3]]
     assert states(folder) == ["done", "failed", "done", "done"]
