@@ -164,7 +164,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     assert "10 ['a.ckpt']" in done.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# SIGTERM, its exit code and its words: also test_ten_mistakes.py
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_says_so(tiny: list[str], tmp_path: Path, number: int, code: int) -> None:
     run_dir = tmp_path / "run"
     overrides = [*tiny, "trainer.max_steps=100000", "trainer.checkpoint_every_steps=50", f"hydra.run.dir={run_dir}"]
