@@ -23,6 +23,7 @@ CLEARLY = 0.85
 LEAST_MULTIPLICATIONS = 2**22
 """Multiplications up to which a layer's call is torch's: an autograd function in Python costs more than it gains there. Measured
 (experiments/benchmarks/linear.py)."""
+MANY_ROWS = 2048
 PROBE_ROWS, PROBE_COLUMNS, PROBE_DEPTH = 256, 1024, 512
 
 
@@ -140,7 +141,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_gradient(multiply: Callable[[Tensor, Tensor], Tensor], grad_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """[O, I]. A sum over many rows is a quarter faster when the result has fewer rows than columns."""
-    if grad_NO.shape[1] <= x_NI.shape[1]:
+    """[O, I]. A sum over many rows is faster where the result has fewer rows than columns, by more than turning it round costs."""
+    rows, outputs = grad_NO.shape
+    if outputs <= x_NI.shape[1] or rows < MANY_ROWS:
         return multiply(grad_NO.t(), x_NI.t())
     return multiply(x_NI.t(), grad_NO.t()).t().contiguous()

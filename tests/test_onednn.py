@@ -59,6 +59,7 @@ INPUTS = {
     "batch of transposed": lambda: drawn(3, 48, 5).transpose(1, 2),
     "part of a wider matrix": lambda: drawn(3, 5, 200)[..., 7:55],
     "every second row": lambda: drawn(3, 10, 48)[:, ::2],
+    "many rows": lambda: drawn(2048, 48),
     "one row for all": lambda: drawn(48).expand(3, 5, 48),
 }
 
