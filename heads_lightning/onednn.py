@@ -95,9 +95,9 @@ def use_for_linear_layers(model: nn.Module) -> None:
             layer.forward = partial(_forward, layer)
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    """x [..., I] → [..., O]."""
-    return linear(x, layer.weight, layer.bias)
+def _forward(layer: nn.Linear, input: Tensor) -> Tensor:
+    """[..., I] → [..., O]; the argument's name is nn.Linear's."""
+    return linear(input, layer.weight, layer.bias)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
