@@ -182,7 +182,7 @@ class Probes:
         )  # fmt: skip
         return (
             f"{_count(parameters)} parameters ({parts}); {made.flops_per_token:.2e} FLOPs a token; "
-            f"{_size(memory.total)} a device ({bytes_}); {made.tokens_per_step:,} positions a step, {made.steps:,} steps, "
+            f"{_size(memory.total)} a device ({bytes_}); {_positions(self.config, made)}, {made.steps:,} steps, "
             f"{made.passes:.2g} passes; {made.flops:.1e} FLOPs, at {MFU:.0%} of peak on {self.config.trainer.world_size} device(s): {hours}"
         )
 
@@ -308,6 +308,12 @@ def _documents(made: Examples) -> float:
     if made.segments_BS is None:
         return 1.0
     return float(np.mean([len(np.unique(row[row != PADDING])) for row in made.segments_BS]))
+
+
+def _positions(config: ExperimentConfig, made: Plan) -> str:
+    sizes = config.trainer.batch_sizes(config.data.sequence_length)
+    first = "" if sizes.start == sizes.full else f" ({sizes.tokens(1):,} in the first)"
+    return f"{made.tokens_per_step:,} positions a step{first}"
 
 
 def _count(number: float) -> str:
