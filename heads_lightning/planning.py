@@ -38,6 +38,10 @@ class Plan(NamedTuple):
         """Of the whole run."""
         return self.flops_per_token * self.tokens
 
+    def numbers(self) -> dict[str, Any]:
+        """All of it for programs; memory in bytes."""
+        return self._asdict() | {"memory": self.memory._asdict() | {"total": self.memory.total}, "flops": self.flops}
+
     def seconds(self, flops_per_second: float) -> float:
         """At this rate: a device's peak, times the devices, times the utilisation that is hoped for without recomputation."""
         return (self.flops + self.recomputed_flops_per_token * self.tokens) / flops_per_second
