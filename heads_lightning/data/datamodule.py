@@ -3,9 +3,9 @@
 Choices. Step t of the optimizer reads samples t*G … t*G + G - 1 (G = global batch size; where it grows, those that follow the steps
 before); of each step every rank makes its own fixed share at once and cuts it into micro-batches. So every micro-batch knows how many
 targets the share has, the position in the data is a number, resuming is a multiplication, and neither the number of ranks nor the
-micro-batch size changes what a step is trained on. One
-thread makes the next step's share while this one is used. There are no worker processes: reading and transforming runs at tens of
-millions of tokens a second in this process, and handing arrays over from another costs more than making them.
+micro-batch size changes what a step is trained on. One thread makes the next step's share while this one is used. There are no worker
+processes: reading and transforming runs at tens of millions of tokens a second in this process, and handing arrays over from another costs
+more than making them.
 """
 
 from __future__ import annotations
