@@ -177,6 +177,7 @@ def test_hl_gauss() -> None:
     wanted = torch.tensor([-0.5, 0.0, 0.3])
     mass = gauss_bins(wanted, config)
     assert mass.sum(-1).tolist() == pytest.approx([1, 1, 1])
+    assert mass[1, 20].item() == pytest.approx(0.49503, abs=1e-4)  # P(|Z| < 0.5 / 0.75): half a bin to either side, in deviations
     assert decode(mass.log().clamp(min=-80)[None], config)[0].tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
     right = value_losses(mass.log().clamp(min=-80)[None], targets([wanted.tolist()]), config).losses_BS
     wrong = value_losses(mass.flip(0).log().clamp(min=-80)[None], targets([wanted.tolist()]), config).losses_BS
