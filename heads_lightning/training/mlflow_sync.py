@@ -182,7 +182,9 @@ class Sender:
 
                 assert self._parent is not None
                 self._system = SystemMetrics(self._parent, self.run.run_dir)
-                return  # rates need an interval: the first sample comes with the next round
+                if not last:
+                    return  # rates need an interval: the first sample comes with the next round
+                time.sleep(0.1)  # a run that ended before this process was there has no next round
             values = self._system.sample()
             self._system_lines.append(point_record(Point(step=self.run.last_step, tokens=None, time=time.time(), values=values)))
             self._system_lines = None if last else self._system_lines
