@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads_lightning.batch import IGNORE, Attention, Batch, Examples
+from heads_lightning.configs.batch_sizes import BatchSizes
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.tokenizer import ByteConfig
 from heads_lightning.data.datamodule import StepBatches, TokenDataModule, TrainLoader
@@ -171,7 +172,7 @@ def batches(world_size: int = 1, rank: int = 0, micro_batch_size: int = 3, globa
     return StepBatches(
         stream(500),
         Causal(),
-        global_batch_size=global_batch_size,
+        sizes=BatchSizes(global_batch_size, global_batch_size, 0, 1),
         micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,
