@@ -13,6 +13,7 @@ import pytest
 
 from heads_lightning.configs.objective import (
     CausalConfig,
+    CausalLevel,
     FIMConfig,
     FIMCut,
     FIMLoss,
@@ -98,6 +99,7 @@ def stream() -> np.ndarray:
 
 CASES: dict[str, tuple[ObjectiveConfig, int]] = {
     "causal": (CausalConfig(), 2_251_915_591),
+    "causal documents": (CausalConfig(level=CausalLevel.document), 127_766_477),
     "fim char": (FIMConfig(rate=0.7), 3_602_818_208),
     "fim char, variant 1, middle": (FIMConfig(rate=1.0, spm=SPMLayout.variant1, loss_on=FIMLoss.middle), 1_310_744_407),
     "fim token": (FIMConfig(cut=FIMCut.token), 2_667_897_115),
@@ -119,8 +121,9 @@ CASES: dict[str, tuple[ObjectiveConfig, int]] = {
 
 def digest(config: ObjectiveConfig) -> int:
     """CRC-32 of two epochs of batches, every array of them, read through the stream that training reads."""
-    objective = config.build(vocabulary())
-    shards = [Shard(part, np.zeros(0, np.int64)) for part in np.array_split(stream(), 2)]
+    v = vocabulary()
+    objective = config.build(v)
+    shards = [Shard(part, np.flatnonzero(part == v.end_of_document)) for part in np.array_split(stream(), 2)]
     samples = SampleStream(shards, objective, sequence_length=96, seed=11, trained_before=0)
     total = 0
     for first in range(0, 2 * samples.windows, 7):
