@@ -15,6 +15,7 @@ from heads_lightning.configs.evaluation import EvaluationConfig
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import masked, span_filling
 from heads_lightning.evaluation.abilities import infilling
+from heads_lightning.evaluation.continuation import continuation
 from heads_lightning.evaluation.lm_eval import HeadsLightningLM, continue_texts, score_continuations, score_texts
 from heads_lightning.evaluation.protocol import LONGEST_SPAN, hidden_lines, protocol, random_spans
 from heads_lightning.evaluation.scoring import evaluate, infill, infill_texts, stop_accuracy
@@ -237,12 +238,40 @@ class TestSentinelsOfADecoder:
             assert after.tolist()[:3] == sources[at + 1 : at + 4].tolist()
             assert len(sources) + 1 + 4 <= asked.config.data.sequence_length
 
+    @pytest.mark.parametrize("parts", [[], ["backbone=t5", "head=t5"]], ids=["decoder", "encoder-decoder"])
+    @pytest.mark.parametrize("end", ["end_of_document", "sentinel"])
+    def test_an_answer_goes_on_from_the_first_sentinel_to_the_next_or_the_end(self, overrides, parts, end):
+        """A model that reads one token: `q` follows the first sentinel, `z` the start token, text and any other sentinel."""
+        asked, prepared = bigram_model([*overrides, *parts, "objective=span_corruption"])
+        v = asked.tokenizer.vocabulary
+        (q,), (z,) = asked.tokenizer.encode("q"), asked.tokenizer.encode("z")
+        table = torch.zeros(v.size, v.size)
+        table[:, z] = 1.0
+        table[v.sentinels[0], q] = 2.0
+        table[q, v.end_of_document if end == "end_of_document" else v.sentinels[1]] = 2.0
+        with torch.no_grad():
+            asked.head.w_out.weight.copy_(table.T)
+        questions = hidden_lines(list(prepared.texts("validation")), asked.config.evaluation)
+        many = (questions * 20)[: span_filling.ROWS + 1]
+        assert span_filling.fill(asked, many, max_new_tokens=3) == [[q]] * len(many)
+        assert infill(asked, "import os", "", InfillRequest(checkpoint="somewhere", max_new_tokens=3)) == "q"
+
     def test_the_command_answers_and_refuses_a_layout(self, span_model):
         asked, _ = span_model
         request = InfillRequest(checkpoint="somewhere", max_new_tokens=3)
         assert isinstance(infill(asked, "import os\n", "\nx = 1\n", request), str)
         with pytest.raises(ConfigError, match="leave layout out"):
             infill(asked, "a", "b", replace(request, layout="psm"))
+
+
+@pytest.mark.parametrize(("objective", "ask"), [("fim", infill), ("span_corruption", infill), ("causal", None), ("masked_diffusion", infill)])
+def test_an_answer_longer_than_the_sequences_is_refused(overrides, objective, ask):
+    asked, _ = bigram_model([*overrides, f"objective={objective}"])
+    request = InfillRequest(checkpoint="somewhere", max_new_tokens=100_000)
+    with pytest.raises(ConfigError, match="max_new_tokens=100000 does not fit sequences of 64 positions; use max_new_tokens=32"):
+        ask(asked, "a", "b", request) if ask else continuation(asked, "a", request)
+    if objective == "causal":  # what is asked for by default is longer than these short sequences, and allowed
+        assert isinstance(continuation(asked, "a", InfillRequest(checkpoint="somewhere")), str)
 
 
 @pytest.fixture(scope="module")
