@@ -239,8 +239,8 @@ class Objective(ABC):
 
 def gather_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int64: the indices start, start + 1, …, start + length - 1 of every range, one range after the other."""
-    ends = np.cumsum(lengths)
-    indices = np.repeat(starts - (ends - lengths), lengths)
+    ends = lengths.cumsum()
+    indices = (starts - (ends - lengths)).repeat(lengths)
     indices += counting(len(indices))
     return indices
 
