@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch
-from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.objective import CausalConfig, CausalLevel
 from heads_lightning.configs.tokenizer import ByteConfig
+from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.packing import best_fit
 from heads_lightning.data.prepare import prepare

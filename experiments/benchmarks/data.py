@@ -50,6 +50,7 @@ class Causal(Objective):
         return Window(sequence_length, sequence_length + 1)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
+        tokens_BR = tokens_BR.astype(np.int64)
         return Examples(tokens_BR[:, :-1], tokens_BR[:, 1:])
 
 

@@ -36,7 +36,7 @@ from heads_lightning.data.workers import run_jobs
 from heads_lightning.registry import ConfigError
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total): stages `waiting`, `tokenizer` (only one that is trained), `tokens` (parts) and `shards` (parts)."""
+"""Called as progress(stage, done, total): stages `waiting`, `tokenizer` (if it is trained), `tokens` (parts) and `shards` (parts)."""
 
 _TOKENIZER_SAMPLE_BYTES = 100_000_000
 """Text that a tokenizer is trained on, at most: parts spread evenly over the source. More changes 4k merges little and costs minutes."""

@@ -155,7 +155,7 @@ class SampleStream:
         if len(runs) == 1:
             tokens_BR = self._read(epoch, runs[0][0], indices_B)
         else:
-            tokens_BR = np.empty((len(indices_B), self._window.length), np.int64)
+            tokens_BR = np.empty((len(indices_B), self._window.length), self._shards[0].tokens.dtype)
             for shard, rows in runs:
                 tokens_BR[rows] = self._read(epoch, shard, indices_B[rows])
         return self._objective.examples(tokens_BR, rng, self._sequence_length)
@@ -176,10 +176,10 @@ class SampleStream:
         return read
 
     def _read(self, epoch: int, shard: int, windows_B: np.ndarray) -> np.ndarray:
-        """int64 [B, R]: windows of one shard, copied from the file in one go."""
+        """[B, R]: windows of one shard, copied from the file in one go."""
         stream, length = self._stream(epoch, shard), self._window.length
         starts_B = (windows_B - self._first_window[shard]) * self._window.stride + self._phase(epoch, shard, len(stream))
-        return sliding_window_view(stream, length)[starts_B].astype(np.int64)
+        return sliding_window_view(stream, length)[starts_B]
 
     def _count(self, stream_tokens: int) -> int:
         """Windows of a shard: as many as leave room to shift them by any number of tokens below the stride, but one if one fits."""

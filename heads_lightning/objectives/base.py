@@ -222,7 +222,10 @@ class Objective(ABC):
 
     @abstractmethod
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
-        """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length)."""
+        """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length).
+
+        The windows have the type of the stream, uint16 as a rule: arithmetic on ids wants `astype(np.int64)` first.
+        """
 
     def examples_of_documents(self, rows: Rows, rng: SampleRandom) -> Examples:
         """Examples from rows of whole documents. Only with whole_documents."""

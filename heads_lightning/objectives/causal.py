@@ -31,11 +31,10 @@ class Causal(Objective):
         return Window(stride=sequence_length, length=sequence_length + 1)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
-        tokens_BS = tokens_BR[:, :-1].astype(np.int64)
         return Examples(
-            tokens_BS=tokens_BS,
+            tokens_BS=tokens_BR[:, :-1].astype(np.int64),
             labels_BS=tokens_BR[:, 1:].astype(np.int64),
-            segments_BS=document_segments(tokens_BS, self.vocabulary.end_of_document),
+            segments_BS=document_segments(tokens_BR[:, :-1], self.vocabulary.end_of_document),
         )
 
     def examples_of_documents(self, rows: Rows, rng: SampleRandom) -> Examples:

@@ -267,4 +267,3 @@ class CharCutter(Cutter):
         while right < end and not edges[tokens[right - 1]] >> 8 & edges[tokens[right]]:
             right += 1
         return left, right
-
