@@ -405,6 +405,30 @@ def test_a_killed_conversion_leaves_no_folder_and_goes_on(tmp_path: Path) -> Non
     assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in names if n.startswith("model"))
 
 
+@pytest.mark.parametrize(("case", "dtype"), [("gpt2", None), ("gpt2", "float16"), ("qwen3", "bfloat16")])
+def test_tensors_larger_than_a_piece(case: str, dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More pieces than wait for the disk at once, of an odd size: turned, divided, cast or merely copied, the values are the same."""
+    saved(case, tmp_path / "hf")
+    run(tmp_path / "hf", tmp_path / "whole", dtype=dtype)
+    monkeypatch.setattr(streaming, "PIECE", 999)
+    run(tmp_path / "hf", tmp_path / "pieces", dtype=dtype)
+    assert (tmp_path / "pieces/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_full_disk_is_noticed() -> None:
+    """Though a thread of its own writes: at the next piece, or at the end."""
+
+    def write(pieces: int) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file, streaming.Pipe(file) as pipe:  # pyright: ignore[reportArgumentType]
+            for _ in range(pieces):
+                pipe.put(pipe.room((4,), torch.float32))
+
+    for pieces in (1, 3 * streaming.AHEAD):
+        with pytest.raises(OSError, match="No space left"):
+            write(pieces)
+
+
 def test_shards_of_another_plan_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved("llama", tmp_path / "hf")
     monkeypatch.setattr(streaming.Target, "finish", lambda self: None)

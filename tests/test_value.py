@@ -96,19 +96,19 @@ def test_gae_carries_over_masked_tokens() -> None:
 @given(st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
 def test_gae_is_its_definition_and_packed_sequences_are_apart(seed: int) -> None:
-    """Against the double sum of the paper, each sequence by itself."""
+    """Against the double sum of the paper, each sequence by itself; what masked tokens earn is the token's before them."""
     rng = np.random.default_rng(seed)
     gamma, lam = rng.uniform(0.5, 1, 2)
     length, cut = 12, int(rng.integers(2, 10))
     rewards, values, mask = rng.normal(size=(1, length)), rng.normal(size=(1, length)), rng.random((1, length)) < 0.7
-    rewards = np.where(mask, rewards, 0)
     segments = (np.arange(length) >= cut).astype(np.int32)[None]
     found = gae(rewards, values, mask, gamma=gamma, lam=lam, segments_BS=segments)[0][0]
     wanted = np.zeros(length)
     for part in (range(cut), range(cut, length)):
         acts = [t for t in part if mask[0, t]]
         v = [values[0, t] for t in acts] + [0.0]
-        deltas = [rewards[0, t] + gamma * v[i + 1] - v[i] for i, t in enumerate(acts)]
+        earned = [rewards[0, t:end].sum() for t, end in zip(acts, [*acts[1:], part.stop], strict=True)] if acts else []
+        deltas = [earned[i] + gamma * v[i + 1] - v[i] for i in range(len(acts))]
         for i, t in enumerate(acts):
             wanted[t] = sum((gamma * lam) ** k * d for k, d in enumerate(deltas[i:]))
     assert found == pytest.approx(wanted, abs=1e-5)
@@ -177,6 +177,7 @@ def test_hl_gauss() -> None:
     wanted = torch.tensor([-0.5, 0.0, 0.3])
     mass = gauss_bins(wanted, config)
     assert mass.sum(-1).tolist() == pytest.approx([1, 1, 1])
+    assert mass[1, 20].item() == pytest.approx(0.49503, abs=1e-4)  # P(|Z| < 0.5 / 0.75): half a bin to either side, in deviations
     assert decode(mass.log().clamp(min=-80)[None], config)[0].tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
     right = value_losses(mass.log().clamp(min=-80)[None], targets([wanted.tolist()]), config).losses_BS
     wrong = value_losses(mass.flip(0).log().clamp(min=-80)[None], targets([wanted.tolist()]), config).losses_BS
@@ -362,6 +363,11 @@ def test_alignment_says_which_position_scores_which_token() -> None:
     assert before.labels_BS[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
     assert scored_tokens(after, ValueAlignment.after_token)[0].tolist() == [IGNORE, 11, 12, IGNORE, 14, IGNORE]
     assert scored_tokens(before, ValueAlignment.state_before_action)[0].tolist() == [11, 12, IGNORE, 14, IGNORE, IGNORE]
+    firsts = scored(
+        [[10, 11, 12, 13]], [[1, 1, 1, 1]], [[0.0, 0.1, 0.2, 0.3]], [[0, 0, 1, 1]]
+    )  # nothing stands before a sequence's first token
+    before = Value(ValueConfig(alignment=ValueAlignment.state_before_action), byte_vocabulary()).scored_examples(firsts)
+    assert before.labels_BS[0].tolist() == [11, IGNORE, 13, IGNORE]
     last = Value(ValueConfig(positions=ValuePositions.last), byte_vocabulary()).scored_examples(given)
     assert (last.labels_BS[0] != IGNORE).tolist() == [False, False, True, False, True, False]
 
@@ -417,6 +423,7 @@ def test_the_built_in_task_tells_the_truth() -> None:
             scored_here = made.labels_BS[row][here] != IGNORE
             values = made.values_BS[row][here][scored_here]
             assert not scored_here[before == 0].any()
+            assert np.array_equal(before == 0, after == 0)  # a marker stays, and none is drawn
             assert set(values) <= {float((before == after).all())}
             outcomes += values[:1].tolist()
     assert 0.4 < np.mean(outcomes) < 0.65

@@ -95,6 +95,11 @@ class LMHeadConfig(HeadConfig):
         self.require(0 <= self.label_smoothing < 1, "label_smoothing", "0 <= label_smoothing < 1")
         self.require(self.logit_softcap is None or self.logit_softcap > 0, "logit_softcap", "more than 0, or null")
 
+    @property
+    def head_class(self) -> Any:
+        """The class of the head, imported when it is asked for."""
+        raise NotImplementedError  # abstract: every registered head has its own
+
     def build(
         self,
         *,
@@ -104,7 +109,8 @@ class LMHeadConfig(HeadConfig):
         embedding: nn.Embedding | None = None,
     ) -> Any:
         """The module. `embedding` is needed with tie_embeddings."""
-        raise NotImplementedError  # abstract: every registered head has its own
+        tied = {} if embedding is None else {"embedding": embedding}
+        return self.head_class(self, d_model=d_model, vocab_size=vocab_size, init_device=init_device, **tied)
 
     @property
     def has_bias(self) -> bool:
@@ -143,17 +149,11 @@ class DefaultLMHeadConfig(LMHeadConfig):
         super().__post_init__()
         self.require(self.steps_ahead >= 0, "steps_ahead", "0 or more")
 
-    def build(
-        self,
-        *,
-        d_model: int,
-        vocab_size: int,
-        init_device: torch.device | str = "cpu",
-        embedding: nn.Embedding | None = None,
-    ) -> Any:
+    @property
+    def head_class(self) -> Any:
         from heads_lightning.heads.default import DefaultLMHead
 
-        return DefaultLMHead(self, d_model=d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
+        return DefaultLMHead
 
     @property
     def has_bias(self) -> bool:
@@ -182,17 +182,11 @@ class NormalizedLMHeadConfig(LMHeadConfig):
         if self.tie_embeddings:
             raise ConfigError("head.tie_embeddings=true does not exist on head=normalized: nGPT learns both matrices; use head=default")
 
-    def build(
-        self,
-        *,
-        d_model: int,
-        vocab_size: int,
-        init_device: torch.device | str = "cpu",
-        embedding: nn.Embedding | None = None,
-    ) -> Any:
+    @property
+    def head_class(self) -> Any:
         from heads_lightning.heads.normalized import NormalizedLMHead
 
-        return NormalizedLMHead(self, d_model=d_model, vocab_size=vocab_size, init_device=init_device)
+        return NormalizedLMHead
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
         return self._size(d_model, vocab_size, bias=False) + vocab_size
@@ -216,17 +210,11 @@ class MLMHeadConfig(LMHeadConfig):
         allowed = ("gelu", "gelu_tanh", "relu", "silu")
         self.require(self.activation in allowed, "activation", ", ".join(allowed))
 
-    def build(
-        self,
-        *,
-        d_model: int,
-        vocab_size: int,
-        init_device: torch.device | str = "cpu",
-        embedding: nn.Embedding | None = None,
-    ) -> Any:
+    @property
+    def head_class(self) -> Any:
         from heads_lightning.heads.mlm import MLMHead
 
-        return MLMHead(self, d_model=d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
+        return MLMHead
 
     @property
     def has_bias(self) -> bool:

@@ -18,7 +18,6 @@ from heads_lightning.registry import ConfigError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 
 class T5Preset(StrEnum):
@@ -275,17 +274,11 @@ class T5LMHeadConfig(LMHeadConfig):
         """Whether the hidden states are scaled."""
         return OUTPUTS[T5Preset(self.preset)].scale_output if self.scale_output is None else self.scale_output
 
-    def build(
-        self,
-        *,
-        d_model: int,
-        vocab_size: int,
-        init_device: torch.device | str = "cpu",
-        embedding: nn.Embedding | None = None,
-    ) -> Any:
+    @property
+    def head_class(self) -> Any:
         from heads_lightning.heads.t5 import T5Head
 
-        return T5Head(self, d_model=d_model, vocab_size=vocab_size, init_device=init_device, embedding=embedding)
+        return T5Head
 
     def num_params(self, d_model: int, vocab_size: int) -> int:
         return self._size(d_model, vocab_size, bias=self.has_bias)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 from heads_lightning.registry import RunError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 SHOWN = 6
@@ -110,12 +111,11 @@ class StateMapping:
             return tensors
         self._check(tensors)
         try:
-            parts = self.take_apart(self.join(tensors))
+            return [dense(part) for part in self.take_apart(self.join(tensors))]
         except (RuntimeError, IndexError) as error:
             if isinstance(error, ConversionError):
                 raise
             raise ConversionError(f"{self._said(tensors)}: {str(error).splitlines()[0]}") from None
-        return parts if len(parts) == 1 else [part.clone() for part in parts]
 
     def _check(self, tensors: Sequence[Tensor]) -> None:
         said = self._said(tensors)
@@ -150,34 +150,38 @@ class StateMapping:
             tensor = tensor.permute(self.dims_permutation)
         return tensor.flatten(*self.flatten_dims) if self.flatten_dims is not None else tensor
 
-    def take_apart(self, joined: Tensor, contiguous: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
-        """The destinations, contiguous, from the sources as one tensor; several along dimension 0 share its memory.
-
-        A matrix is turned round whole and divided then: torch has fast code for that, and none for a part of a matrix.
-
-        Args:
-            joined: what `join` gives.
-            contiguous: makes a tensor contiguous. None: in memory of its own.
-        """
-        contiguous = contiguous or _contiguous
+    def take_apart(self, joined: Tensor) -> list[Tensor]:
+        """The destinations as views, where they can be, of what `join` gives."""
         tensor, count, dim = self._reshaped(joined), len(self.dest_keys), self.dest_chunk_dim
         if count == 1:
-            return [contiguous(tensor)]
+            return [tensor]
         length = tensor.shape[dim]
         sizes = self.dest_sizes or (length // count,) * count
         if sum(sizes) != length:
             raise ConversionError(f"{self._said([tensor])}: dimension {dim} of {tuple(tensor.shape)} does not split into {count} × {sizes}")
-        if dim == 0:
-            return list(contiguous(tensor).split(list(sizes)))
-        return [_contiguous(part) for part in tensor.split(list(sizes), dim=dim)]
+        return list(tensor.split(list(sizes), dim=dim))
 
     def _said(self, tensors: Sequence[Tensor]) -> str:
         shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in zip(self.source_keys, tensors, strict=False))
         return f"{shapes} → {listed(self.dest_keys)}"
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    return tensor.contiguous()
+def dense(view: Tensor, dtype: torch.dtype | None = None, into: Tensor | None = None) -> Tensor:
+    """A contiguous copy that shares no memory with `view`.
+
+    Rows of a transposed matrix are gathered first: torch has fast code to turn a whole matrix round, and none for a part of one.
+
+    Args:
+        view: any strides.
+        dtype: element type of the copy. None: the same.
+        into: a contiguous tensor of that shape and type to fill. None: a new one.
+    """
+    import torch
+
+    if view.ndim == 2 and view.stride(0) == 1 < view.stride(1):
+        view = view.t().contiguous().to(dtype or view.dtype).t()
+    target = torch.empty(view.shape, dtype=dtype or view.dtype, device=view.device) if into is None else into
+    return target.copy_(view)
 
 
 def listed(names: Iterable[str]) -> str:

@@ -1,18 +1,21 @@
 """Tensors from a source to sharded safetensors, one mapping at a time.
 
-Memory holds one mapping's tensors; a mere rename passes through a small buffer. Shards are written to a folder beside the target, each
-renamed when it is whole, so that a killed conversion goes on where it was; the folder gets its name last of all, so that what has the
-name is complete.
+Memory holds the sources of one mapping, and pieces of what it makes on their way to the disk, which takes one while the next is computed;
+a mere rename passes through in such pieces. Shards are written to a folder beside the target, each renamed when it is whole, so that a
+killed conversion goes on where it was; the folder gets its name last of all, so that what has the name is complete.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,15 +23,17 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from heads_lightning.conversion.mapping import ConversionError, StateMapping
+from heads_lightning.conversion.mapping import ConversionError, StateMapping, dense
 from heads_lightning.conversion.sources import DTYPES, TensorSource, read_exactly
 from heads_lightning.registry import ConfigError
 
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 SHARD_BYTES = 4 * 2**30
 """Size at which a new shard is begun."""
-PIECE = 16 * 2**20
-"""Bytes copied at a time where nothing is computed."""
+PIECE = 4 * 2**20
+"""Bytes computed and written at a time: they stay in the processor's cache in between."""
+AHEAD = 8
+"""Pieces that may wait for the disk."""
 PLAN = "plan.json"
 
 
@@ -103,26 +108,51 @@ class Progress:
 
 
 class Room:
-    """Memory that tensors of all mappings pass through: the system takes longer to hand out fresh pages than to fill them."""
+    """Memory that one tensor after the other passes through: the system takes longer to hand out fresh pages than to fill them."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-        self.piece = memoryview(bytearray(PIECE))
-        """For what is copied and not computed."""
+        self._held = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, place: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor whose values are whatever stood in that place before."""
+    def take(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor whose values are whatever stood there before."""
         count = math.prod(shape) * dtype.itemsize
-        held = self._held.get(place)
-        if held is None or len(held) < count:
-            self._held.pop(place, None)  # gone before there is more
-            del held
-            held = self._held[place] = torch.empty(count, dtype=torch.uint8)
-        return held[:count].view(dtype).view(shape)
+        if len(self._held) < count:
+            self._held = torch.empty(0, dtype=torch.uint8)  # gone before there is more
+            self._held = torch.empty(count, dtype=torch.uint8)
+        return self._held[:count].view(dtype).view(shape)
 
-    def contiguous(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, or a contiguous copy."""
-        return tensor if tensor.is_contiguous() else self.take("made", tensor.shape, tensor.dtype).copy_(tensor)
+
+class Pipe:
+    """A file that a thread of its own writes to, in order, a few pieces behind."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._thread = ThreadPoolExecutor(1)
+        self._rooms = itertools.cycle([Room() for _ in range(AHEAD)])
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Pipe:
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=failed is not None)
+        if failed is None:
+            for written in self._waiting:
+                written.result()
+
+    def room(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor to fill and to `put`; its values are whatever stood there before."""
+        if len(self._waiting) == AHEAD:
+            self._waiting.popleft().result()
+        return next(self._rooms).take(shape, dtype)
+
+    def put(self, tensor: Tensor) -> None:
+        """Write what `room` gave last."""
+        self._waiting.append(self._thread.submit(self._write, _bytes_in(tensor)))
+
+    def _write(self, data: memoryview) -> None:
+        _write_all(self._file, data)
+        _begin_writing_back(self._file.fileno())
 
 
 class Target:
@@ -203,9 +233,9 @@ def _write_shard(path: Path, shard: Shard, source: TensorSource, dtype: torch.dt
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb", buffering=0) as file:
         _write_all(file, memoryview(shard.header()))  # pyright: ignore[reportArgumentType]
-        for mapping in shard.mappings:
-            _write_mapping(file, mapping, shard, source, dtype, room)  # pyright: ignore[reportArgumentType]
-            _begin_writing_back(file.fileno())
+        with Pipe(file) as pipe:  # pyright: ignore[reportArgumentType]
+            for mapping in shard.mappings:
+                _write_mapping(pipe, mapping, shard, source, dtype, room)
         _sync(file)  # pyright: ignore[reportArgumentType]
     temporary.replace(path)
 
@@ -216,23 +246,22 @@ def _begin_writing_back(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _write_mapping(
-    file: BinaryIO, mapping: StateMapping, shard: Shard, source: TensorSource, dtype: torch.dtype | None, room: Room
-) -> None:
+def _write_mapping(pipe: Pipe, mapping: StateMapping, shard: Shard, source: TensorSource, dtype: torch.dtype | None, room: Room) -> None:
     dtype = None if mapping.keeps_type else dtype
     key = mapping.source_keys[0]
     unchanged = dtype is None or source.specs[key].dtype == dtype or not source.specs[key].is_floating_point()
     if mapping.is_rename and unchanged:
         with source.opened(key) as opened:
             if opened is not None:
-                return _copy(opened, file, bytes_of(source.specs[key]), room.piece)
-    made = mapping.take_apart(_read(mapping, source, room), room.contiguous)
-    for name in mapping.dest_keys:
-        tensor = cast(made.pop(0), dtype).contiguous()
-        if tensor.shape != shard.specs[name].shape or tensor.dtype != shard.specs[name].dtype:
-            raise ConversionError(f"{name} came out as {list(tensor.shape)} {tensor.dtype}, not as planned")
-        values = tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b""
-        _write_all(file, memoryview(values))  # pyright: ignore[reportArgumentType]
+                return _copy(opened, pipe, bytes_of(source.specs[key]))
+    made = mapping.take_apart(_read(mapping, source, room))
+    for name, view in zip(mapping.dest_keys, made, strict=True):
+        spec = shard.specs[name]
+        if view.shape != spec.shape:
+            raise ConversionError(f"{name} came out as {list(view.shape)}, not as planned")
+        rows = max(1, PIECE * len(spec) // bytes_of(spec)) if spec.ndim and spec.numel() else 1
+        for piece in view.split(rows) if view.ndim else (view,):
+            pipe.put(dense(piece, spec.dtype, into=pipe.room(piece.shape, spec.dtype)))
 
 
 def _read(mapping: StateMapping, source: TensorSource, room: Room) -> Tensor:
@@ -241,19 +270,23 @@ def _read(mapping: StateMapping, source: TensorSource, room: Room) -> Tensor:
     if len(specs) > 1 and mapping.source_concat_dim != 0:
         return mapping.join([source.read(key) for key in mapping.source_keys])
     rows = sum(len(spec) for spec in specs) if len(specs) > 1 else 0
-    whole = room.take("read", (rows, *specs[0].shape[1:]) if rows else specs[0].shape, specs[0].dtype)
+    whole = room.take((rows, *specs[0].shape[1:]) if rows else specs[0].shape, specs[0].dtype)
     places = whole.split([len(spec) for spec in specs]) if rows else (whole,)
     for key, place in zip(mapping.source_keys, places, strict=True):
         source.read(key, place)
     return whole
 
 
-def _copy(source: BinaryIO, dest: BinaryIO, count: int, buffer: memoryview) -> None:
-    while count:
-        piece = buffer[: min(count, len(buffer))]
-        read_exactly(source, piece)
-        _write_all(dest, piece)
-        count -= len(piece)
+def _copy(source: BinaryIO, pipe: Pipe, count: int) -> None:
+    for start in range(0, count, PIECE):
+        piece = pipe.room((min(PIECE, count - start),), torch.uint8)
+        read_exactly(source, _bytes_in(piece))
+        pipe.put(piece)
+
+
+def _bytes_in(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")  # pyright: ignore[reportArgumentType]
 
 
 def _write_all(file: BinaryIO, data: memoryview) -> None:
