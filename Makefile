@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# worksteal: neighbouring tests stay in one process, which makes their file's models once; by default each process would make its own
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-all check measure format clean
@@ -23,10 +25,10 @@ train: $(STAMP) ## prepare data, train, evaluate: fill-in-the-middle on Python's
 	$(BIN)/heads-lightning train $(ARGS)
 
 test: $(STAMP) ## the tests (minutes, no GPU needed)
-	$(BIN)/python -m pytest -n auto -m "not slow and not slurm" $(ARGS)
+	$(PYTEST) -m "not slow and not slurm" $(ARGS)
 
 test-all: $(STAMP) ## also the tests that take many minutes
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff format --check .

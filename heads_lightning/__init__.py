@@ -7,13 +7,13 @@ implementation** computes that score; each is one override away. Importing this 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from heads_lightning.configs.experiment import ExperimentConfig
-from heads_lightning.configs.head import LMHeadConfig, LMHeadType, LMLossImplementation
 from heads_lightning.models.auto_classes import announce
 
 if TYPE_CHECKING:
     from heads_lightning.backbones.masks import AttentionMask, t5_extended_attention_mask, t5_position_ids
     from heads_lightning.composition import compose
+    from heads_lightning.configs.experiment import ExperimentConfig
+    from heads_lightning.configs.head import LMHeadConfig, LMHeadType, LMLossImplementation
     from heads_lightning.configs.t5 import T5Config
     from heads_lightning.heads import LMHead, LMOutputWithLoss, MLMHead, NormalizedLMHead
     from heads_lightning.heads.value import ValueHead
@@ -60,6 +60,8 @@ __all__ = [
 _LATER = {
     "composition": ("compose",),
     "backbones.masks": ("AttentionMask", "t5_extended_attention_mask", "t5_position_ids"),
+    "configs.experiment": ("ExperimentConfig",),
+    "configs.head": ("LMHeadConfig", "LMHeadType", "LMLossImplementation"),
     "configs.t5": ("T5Config",),
     "heads": ("LMHead", "LMOutputWithLoss", "MLMHead", "NormalizedLMHead"),
     "heads.value": ("ValueHead",),
@@ -71,7 +73,7 @@ _LATER = {
     "models.t5": ("T5LMHead", "T5Model"),
     "models.value": ("AutoModelForCausalLMWithValueHead", "AutoModelForSeq2SeqLMWithValueHead"),
 }
-"""Modules that cost an import (Hydra: 0.1 s; torch, transformers: seconds), and what is imported from each when it is first used."""
+"""What is imported when it is first used: the settings cost 0.03 s, Hydra 0.1 s, torch and transformers seconds."""
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 
 

@@ -20,7 +20,8 @@ MOST_NAMED = 12
 STYLE = """
 figure { margin: 0; min-width: 0; } figcaption { font-weight: 600; } figcaption small { font-weight: 400; }
 figcaption small span, .names span { display: inline-block; margin-right: .75rem; }
-svg { width: 100%; height: auto; display: block; } svg text { fill: currentColor; font-size: 13px; } .grid { stroke: var(--line); }
+svg { width: 100%; height: auto; display: block; overflow: visible; } svg text { fill: currentColor; font-size: 13px; }
+.grid { stroke: var(--line); }
 polyline, circle { vector-effect: non-scaling-stroke; fill: none; stroke-width: 2; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 1rem; }
 @media (max-width: 500px) { svg text { font-size: 19px; } }

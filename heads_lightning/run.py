@@ -152,7 +152,13 @@ def _fit(
         callbacks.insert(callbacks.index(metrics) + 1, ProgressCallback(metrics, console))  # shows what was just recorded
     _quiet_lightning()
     torch.manual_seed(config.seed * 1_000_003 + _dropout_rank(config))
-    trainer = build_trainer(config.trainer, precision=config.trainer.precision, callbacks=callbacks, logger=RunLogger(log))
+    trainer = build_trainer(
+        config.trainer,
+        precision=config.trainer.precision,
+        total_steps=experiment.datamodule.total_steps,
+        callbacks=callbacks,
+        logger=RunLogger(log),
+    )
     _say_what_runs(experiment, console, trainer)
     trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))
     if trainer.num_training_batches % config.trainer.val_every_steps:
@@ -189,8 +195,6 @@ def _quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     # one process makes batches faster than workers could hand them over (see data.datamodule)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # our own callback logs, and always at the last step
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     # a login node has srun, and a run started by hand there is meant to run there
     warnings.filterwarnings("ignore", message=".*srun.* command is available on your system but is not used.*")
 

@@ -1,4 +1,4 @@
-"""The whole program as a user runs it: train, infill, generate, evaluate, resume, sweep; each as a real process."""
+"""The whole program as a user runs it: train, infill, generate, evaluate, resume, sweep; each as a real process once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from heads_lightning.__main__ import main
 
 
 def program(*arguments: str, text: str | None = None, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -70,18 +72,19 @@ def test_mlflow_has_the_same_facts(trained: Path) -> None:
     assert {"config.yaml", "samples.txt", "summary.txt", "loss.png", "report.html"} <= names
 
 
-def test_infill_takes_files_words_and_standard_input(trained: Path, tmp_path: Path) -> None:
+def test_infill_takes_files_words_and_standard_input(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.py").write_text("def add(a, b):\n")
     (tmp_path / "b.py").write_text("\n    return c\n")
-    files = [f"prefix_file={tmp_path / 'a.py'}", f"suffix_file={tmp_path / 'b.py'}"]
-    reference = succeed("infill", f"checkpoint={trained}", "max_new_tokens=5", *files)
-    assert succeed("infill", f"checkpoint={trained}", "max_new_tokens=5", "--", "def add(a, b):\n", "\n    return c\n") == reference
-    piped = succeed("infill", f"checkpoint={trained}", "max_new_tokens=5", text="def add(a, b):\n<FILL>\n    return c\n")
-    assert piped == reference
+    asked = ["infill", f"checkpoint={trained}", "max_new_tokens=5"]
+    piped = succeed(*asked, text="def add(a, b):\n<FILL>\n    return c\n")
+    for given in ([f"prefix_file={tmp_path / 'a.py'}", f"suffix_file={tmp_path / 'b.py'}"], ["--", "def add(a, b):\n", "\n    return c\n"]):
+        assert main([*asked, *given]) == 0
+        assert capsys.readouterr().out == piped
 
 
-def test_generate_and_evaluate(trained: Path) -> None:
-    assert succeed("generate", f"checkpoint={trained}", "max_new_tokens=5", "--", "import os").startswith("import os")
+def test_generate_and_evaluate(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", f"checkpoint={trained}", "max_new_tokens=5", "--", "import os"]) == 0
+    assert capsys.readouterr().out.startswith("import os")
     newest = sorted((trained / "checkpoints").glob("*.ckpt"))[-1]
     numbers = json.loads(succeed("evaluate", f"checkpoint={newest}", "json=true"))
     assert numbers == json.loads((trained / "evaluation.json").read_text())
@@ -120,16 +123,16 @@ def test_a_sweep_trains_every_compatible_cell_under_one_parent(tiny: list[str], 
     from mlflow import MlflowClient
 
     overrides = [o for o in tiny if not o.startswith(("tracking=", "run_root="))]
-    swept = ["objective=causal,fim,mlm", "head.loss_implementation=default,chunked", "trainer.max_steps=1", "tracking.system_metrics=false"]
+    swept = ["objective=causal,mlm", "head.loss_implementation=default,chunked", "trainer.max_steps=1", "tracking.system_metrics=false"]
     cache = next(o for o in tiny if o.startswith("run_root=")).replace("run_root=", "data.cache_dir=") + "/data"
     succeed("train", "-m", *overrides, *swept, f"run_root={tmp_path}", cache, "tracking=mlflow")
     runs = sorted(tmp_path.glob("sweeps/*/*/checkpoints"))
-    assert len(runs) == 6
+    assert len(runs) == 4
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name("heads_lightning").experiment_id])
     parents = [r for r in found if "mlflow.parentRunId" not in r.data.tags]
     assert len(parents) == 1
-    assert len(found) == 7
+    assert len(found) == 5
     assert {r.data.tags["mlflow.parentRunId"] for r in found if r is not parents[0]} - {parents[0].info.run_id} == set()
     assert {r.info.status for r in found} == {"FINISHED"}
 

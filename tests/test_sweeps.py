@@ -257,13 +257,12 @@ def test_a_second_command_runs_what_is_left_and_new_cells(failing: tuple) -> Non
     folder, _, overrides = failing
     before = starts(folder)
     kept = (folder / "0" / "metrics.jsonl").read_bytes()
-    assert sweep(folder, f"sweep.resume={folder}", check=False).returncode == 1
-    assert starts(folder)[len(before) :] == [before[1]]
+    more = [*overrides[:-1], "optimizer.learning_rate=1e-3,1e30,3e-3"]
+    assert sweep(folder, f"sweep.resume={folder}", *more, check=False).returncode == 1
+    assert starts(folder)[len(before) :] == [before[1], list(Ledger.of(folder).entries())[3]]
+    assert states(folder) == ["done", "failed", "done", "done"]
     assert "not finite" in list(Ledger.of(folder).entries().values())[1].reason  # as before, from the beginning
     assert (folder / "1-attempt1" / "metrics.jsonl").is_file()
-    more = [*overrides[:-1], "optimizer.learning_rate=1e-3,3e-3"]
-    sweep(folder, f"sweep.resume={folder}", *more, check=False)
-    assert states(folder) == ["done", "failed", "done", "done"]
     assert saved(folder, 3)["optimizer"]["learning_rate"] == 3e-3
     assert (folder / "0" / "metrics.jsonl").read_bytes() == kept
 
@@ -278,16 +277,16 @@ def test_fail_fast_starts_no_further_cell(tiny: list[str], tmp_path: Path) -> No
 
 _EXITS = """
 import sys
-from heads_lightning.training.callbacks import MetricsCallback
+from dataclasses import dataclass
+from heads_lightning.configs.schedule import ConstantConfig, schedules
 
-original = MetricsCallback.on_train_start
+@schedules.register("exits")
+@dataclass
+class ExitsConfig(ConstantConfig):
+    name: str = "exits"
 
-def on_train_start(self, trainer, module):
-    original(self, trainer, module)
-    if module.backbone.d_model == 32:
-        sys.exit(0)
-
-MetricsCallback.on_train_start = on_train_start
+    def after_warmup(self, progress, *, steps):
+        return 1.0 if progress == 0 else sys.exit(0)
 """
 
 
@@ -295,12 +294,12 @@ def test_a_cell_that_exits_with_0_in_the_middle_is_a_failure_and_ends_nothing(ti
     """A plugin that calls sys.exit: Hydra's own sweep would end there, with exit code 0."""
     (tmp_path / "exits.py").write_text(_EXITS)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = sweep(
-        tmp_path / "s", *tiny, "backbone.d_model=32,64", "sweep.warm=false", check=False, HEADS_LIGHTNING_PLUGINS="exits", PYTHONPATH=path
-    )
+    cells = [*tiny, "schedule=exits,constant", "sweep.warm=false"]
+    done = sweep(tmp_path / "s", *cells, check=False, HEADS_LIGHTNING_PLUGINS="exits", PYTHONPATH=path)
     assert done.returncode == 1
     assert states(tmp_path / "s") == ["failed", "done"]
     assert "sys.exit(0) in the middle" in done.stderr
+    assert (tmp_path / "s" / "0" / "metrics.jsonl").is_file()
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 120.0) -> None:

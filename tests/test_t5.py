@@ -12,6 +12,7 @@ from torch import Tensor
 from heads_lightning.backbones.masks import AttentionMask, t5_extended_attention_mask, t5_position_ids
 from heads_lightning.backbones.t5 import T5
 from heads_lightning.batch import IGNORE, PADDING, Attention, Batch
+from heads_lightning.composition import compose
 from heads_lightning.configs.base import NormType
 from heads_lightning.configs.layers import FeedForward
 from heads_lightning.configs.t5 import T5Config, T5LMHeadConfig, T5Position, T5Preset
@@ -189,13 +190,22 @@ def test_head_of_every_preset(preset: T5Preset) -> None:
 @pytest.mark.parametrize("preset", list(T5Preset))
 def test_a_new_model_begins_near_ln_v(preset: T5Preset, tied: bool) -> None:
     torch.manual_seed(0)
-    backbone = T5Config(preset=preset, d_model=64, num_layers=2, num_heads=4).build(vocab_size=256)
+    config = T5Config(preset=preset, d_model=64, num_layers=2, num_heads=4).fitted(tied=tied)
+    assert config.embedding_init_std == (0.02 if tied or preset == T5Preset.megatron else 1.0)
+    backbone = config.build(vocab_size=256)
     head = T5LMHeadConfig(preset=preset, tie_embeddings=tied).build(
         d_model=64, vocab_size=256, embedding=backbone.embedding if tied else None
     )
     tokens = torch.randint(0, 256, (8, 40))
     loss = float(head(read(backbone, tokens, tokens), labels=tokens.roll(-1, 1)).loss)
     assert abs(loss - math.log(256)) <= 0.1 * math.log(256)
+
+
+def test_an_experiments_embeddings_fit_its_head() -> None:
+    for tie, std in (([], 1.0), (["head.tie_embeddings=true"], 0.02)):
+        backbone = compose(["objective=span_corruption", "backbone=t5", "head=t5", *tie]).backbone
+        assert isinstance(backbone, T5Config)
+        assert backbone.embedding_init_std == std
 
 
 def test_dropout_acts_in_training_alone_and_everywhere() -> None:

@@ -105,6 +105,12 @@ def test_a_finished_run_can_be_trained_further(tiny: list[str], tmp_path: Path) 
     assert read_checkpoint(newest_checkpoint(tmp_path / "run"))["global_step"] == 6
 
 
+def test_a_run_shorter_than_the_logging_interval_logs_once(tiny: list[str], tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    train(compose([*tiny, "trainer.max_steps=2", "trainer.log_every_steps=10"]), tmp_path)
+    assert [p["step"] for p in points(tmp_path) if "train/loss" in p] == [2]
+    assert not [w for w in recwarn if "logging interval" in str(w.message)]
+
+
 def test_a_different_seed_gives_different_weights(tiny: list[str], tmp_path: Path) -> None:
     for seed in (0, 1):
         train(compose([*tiny, f"seed={seed}"]), tmp_path / str(seed))
@@ -158,7 +164,8 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     assert "10 ['a.ckpt']" in done.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+# SIGTERM, its exit code and its words: also test_ten_mistakes.py
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_signal_finishes_the_step_saves_and_says_so(tiny: list[str], tmp_path: Path, number: int, code: int) -> None:
     run_dir = tmp_path / "run"
     overrides = [*tiny, "trainer.max_steps=100000", "trainer.checkpoint_every_steps=50", f"hydra.run.dir={run_dir}"]

@@ -20,10 +20,8 @@ from heads_lightning.backbones.t5_attention import Attention, RelativeBias, Sigh
 from heads_lightning.batch import Attention as AttentionKind
 from heads_lightning.batch import Batch
 from heads_lightning.configs.layers import FeedForward
-from heads_lightning.configs.t5 import T5Config, T5Position
+from heads_lightning.configs.t5 import OUTPUTS, T5Config, T5Position, T5Preset
 from heads_lightning.registry import ConfigError
-
-EMBEDDING_STD = 0.02
 
 
 class T5Part(NamedTuple):
@@ -269,8 +267,7 @@ class T5(Backbone):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal with the root of one over a matrix's inputs; queries smaller by √head_dim where scores are not scaled (T5's rule)."""
-        given = self.config.embedding_init_std
-        embedding_std = min(EMBEDDING_STD, 0.5 * self.d_model**-0.5) if given is None else given
+        embedding_std = self.config.embedding_std(tied=OUTPUTS[T5Preset(self.config.preset)].tie_embeddings)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 smaller = name.endswith(".query") and not self.config.style.scale_attention

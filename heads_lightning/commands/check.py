@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from heads_lightning.commands.show import as_json, table
 from heads_lightning.commands.words import taken
-from heads_lightning.composition import compose, compose_tree
+from heads_lightning.composition import compose, compose_tree, to_experiment
+from heads_lightning.composition.mistakes import explained
 from heads_lightning.composition.store import conf_dir
 from heads_lightning.registry import ConfigError
 
@@ -64,17 +65,15 @@ def _verdict(name: str, overrides: list[str], config_dir: str | None) -> Verdict
     """Whether a recipe composes; of one that leaves values to whoever uses it, with a word in their place."""
     given = [f"experiment={name}", *overrides]
     try:
-        compose(given, config_dir=config_dir)
-        return Verdict(name, "ok", "")
+        tree = compose_tree(given, config_dir=config_dir)
+        left = list(_left(OmegaConf.to_container(tree)))
+        with explained(given, config_dir):
+            for key in left:
+                OmegaConf.update(tree, key, "given_later")
+        to_experiment(tree, given)
     except ConfigError as error:
-        problem = str(error)
-    try:
-        if left := list(_left(OmegaConf.to_container(compose_tree(given, config_dir=config_dir)))):
-            compose([*given, *(f"{key}=given_later" for key in left)], config_dir=config_dir)
-            return Verdict(name, "ok", f"leaves to you: {', '.join(left)}")
-    except ConfigError as error:
-        problem = str(error)
-    return Verdict(name, "failed", problem)
+        return Verdict(name, "failed", str(error))
+    return Verdict(name, "ok", f"leaves to you: {', '.join(left)}" if left else "")
 
 
 def _left(node: Any, path: str = "") -> Iterator[str]:

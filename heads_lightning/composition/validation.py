@@ -5,7 +5,6 @@ Not refused: `micro_batch_size` above a device's share of the batch (the share i
 (its rows are renormalised after each step; nGPT's claims hold for `backbone=ngpt` alone).
 """
 
-import ctypes
 import os
 import platform
 from collections.abc import Iterator
@@ -232,6 +231,8 @@ def available_gpus() -> int:
 
 
 def _loads(library: str) -> bool:
+    import ctypes
+
     try:
         ctypes.CDLL(library)
     except OSError:

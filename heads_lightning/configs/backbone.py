@@ -40,6 +40,10 @@ class BackboneConfig(Option):
         """The config of what is built: this one, unless it takes another's from elsewhere."""
         return self
 
+    def fitted(self, *, tied: bool) -> BackboneConfig:
+        """This backbone as it begins beside a head that is tied to its embedding or is not; itself where that makes no difference."""
+        return self
+
     @classmethod
     def fields_for(cls, attention: Attention) -> dict[str, Any]:
         """Fields, and their values, that make this option give `attention`; empty where none matters."""

@@ -58,6 +58,8 @@ class ExperimentConfig:
     """Anything of your own to record with the run; not read by the toolkit."""
 
     def __post_init__(self) -> None:
-        """The objective takes the form that fits the backbone, so that a saved config says what ran."""
+        """The objective takes the form that fits the backbone, and the backbone that which fits the head: a saved config says what ran."""
         if isinstance(self.objective, ObjectiveConfig) and isinstance(self.backbone, BackboneConfig):
             self.objective = self.objective.fitted(self.backbone.attention_supported())
+        if isinstance(self.backbone, BackboneConfig) and isinstance(self.head, HeadConfig):
+            self.backbone = self.backbone.fitted(tied=self.head.is_tied)

@@ -5,7 +5,7 @@ Backbone and head share a file because they share the presets. A field that is n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -79,6 +79,8 @@ OUTPUTS = {
     T5Preset.flan: T5Output(tie_embeddings=False, scale_output=False, bias_when_tied=False),
     T5Preset.megatron: T5Output(tie_embeddings=True, scale_output=False, bias_when_tied=True),
 }
+TIED_EMBEDDING_STD = 0.02
+"""With which a projection that is the embedding begins near ln V."""
 
 
 @backbones.register("t5")
@@ -134,8 +136,10 @@ class T5Config(BackboneConfig):
     dropout: float = 0.0
     """Dropout in T5's places: embeddings, attention weights, inside the feed-forward part, each residual branch, the last hidden states."""
     embedding_init_std: float | None = None
-    """Standard deviation of new embeddings. None: 0.02, less for a width above 625, with which a tied projection begins near ln V. T5's own
-    1.0 begins at ten times that when tied; untied (t5_v1_1, flan) it begins there too, and learns faster."""
+    """Standard deviation of new embeddings. None: 1.0, as the published T5s have it, where the head has a matrix of its own (as in t5_v1_1
+    and flan): it begins near ln V and learns faster than smaller ones. Where the embedding is also the projection, 1.0 begins at up to 16
+    times ln V (with t5_v1_0's scale 1.05 to 2 times), since a token's state is most like its own row: 0.02 there, less for a width above
+    625. Megatron's models take that, tied or not."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +163,16 @@ class T5Config(BackboneConfig):
                 f"rope rotates pairs of channels, but backbone.rotary_percent={self.rotary_percent} of a head of {self.width_of_head} "
                 f"is {self.rotary_dim}; set backbone.head_dim or backbone.rotary_percent=1.0"
             )
+
+    def fitted(self, *, tied: bool) -> T5Config:
+        return replace(self, embedding_init_std=self.embedding_std(tied=tied))
+
+    def embedding_std(self, *, tied: bool) -> float:
+        """embedding_init_std in effect, beside a head that is tied to the embedding or is not."""
+        if self.embedding_init_std is not None:
+            return self.embedding_init_std
+        small = tied or self.preset == T5Preset.megatron
+        return min(TIED_EMBEDDING_STD, 0.5 * self.d_model**-0.5) if small else 1.0
 
     def tensor_sizes(self) -> dict[str, int]:
         return {"num_heads": self.num_heads, "feed_forward_dim": self.ff_dim, "decoder_feed_forward_dim": self.decoder_ff_dim}

@@ -138,6 +138,7 @@ class T5Model(nn.Module):
         }
         self.config = _merged(replace(config, **{k: v for k, v in given.items() if v is not None}), encoder_config)
         head = head_config(self.config, head, share_embeddings_and_output_weights)
+        self.config = self.config.fitted(tied=head.is_tied)
         nothing = range(0)
         part = T5Part(
             embeds=pre_process or (post_process and head.is_tied),

@@ -63,8 +63,8 @@ def _cluster() -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
-def build_trainer(config: TrainerConfig, *, precision: str, callbacks: list[Callback], logger: Any) -> lightning.Trainer:
-    """The Trainer. `precision` is a concrete one (resolve_precision)."""
+def build_trainer(config: TrainerConfig, *, precision: str, total_steps: int, callbacks: list[Callback], logger: Any) -> lightning.Trainer:
+    """The Trainer of a run of `total_steps` optimizer steps. `precision` is a concrete one (resolve_precision)."""
     return lightning.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -83,7 +83,7 @@ def build_trainer(config: TrainerConfig, *, precision: str, callbacks: list[Call
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        log_every_n_steps=config.log_every_steps,
+        log_every_n_steps=min(config.log_every_steps, total_steps),
         # the one thing that makes a run depend on what ran before it
         benchmark=False,
     )
