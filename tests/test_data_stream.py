@@ -31,6 +31,7 @@ class Causal(Objective):
         return Window(sequence_length, sequence_length + 1)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
+        tokens_BR = tokens_BR.astype(np.int64)
         labels_BS = tokens_BR[:, 1:].copy()
         labels_BS[rng.uniform(sequence_length) < rng.uniform(1)] = IGNORE
         labels_BS[:, -1] = tokens_BR[:, -1]

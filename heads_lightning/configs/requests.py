@@ -61,7 +61,7 @@ class SamplingRequest(ModelRequest):
     """How tokens are drawn."""
 
     max_new_tokens: int = 100
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens. More than the default must be fewer than the positions of the model's training sequences."""
     temperature: float = 0.0
     """0: always the most likely token; higher: more varied."""
     top_k: int | None = None

@@ -297,6 +297,7 @@ class TokenDataModule(lightning.LightningDataModule):
             "trainer.global_batch_size": self.batch_sizes.full,
             "seed": self.seed,
             **({"data.parts": {name: list(share) for name, share in self._shares.items()}} if self._shares else {}),
+            **({"objective.level": "document"} if self.objective.whole_documents else {}),
             **({"length warm-up": [[s.first_step, s.pieces] for s in self.stages]} if len(self.stages) > 1 else {}),
             **({"batch warm-up": list(self.batch_sizes[1:3])} if self.batch_sizes.start < self.batch_sizes.full else {}),
         }
