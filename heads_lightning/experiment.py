@@ -110,6 +110,7 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
     validate(config)
     prepared = prepare_data(config, progress=progress)
     objective = config.objective.build(prepared.tokenizer.vocabulary)
+    sizes = config.trainer.batch_sizes(config.data.sequence_length)
     datamodule = TokenDataModule(
         prepared,
         objective,
@@ -121,6 +122,8 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
         total_steps=config.trainer.steps(config.data.sequence_length),
         length_start=config.data.length_start,
         length_warmup_steps=config.data.length_warmup_steps,
+        batch_start=sizes.start,
+        batch_warmup_steps=sizes.warmup_steps,
         shares=config.data.shares(),
         ranks_per_share=config.trainer.tensor_ranks,
     )
@@ -134,7 +137,7 @@ def build(config: ExperimentConfig, *, progress: Progress | None = None, say: Ca
         backbone,
         head,
         optimizer=config.optimizer,
-        schedule=config.schedule.in_steps(config.trainer.global_batch_size * config.data.sequence_length),
+        schedule=config.schedule.in_steps(sizes.steps),
         total_steps=config.trainer.steps(config.data.sequence_length),
         parts=objective.parts,
         max_bad_steps=config.trainer.max_bad_steps,

@@ -26,18 +26,25 @@ class Plan(NamedTuple):
     """Of the blocks that are run again in the backward pass (trainer.recompute_every): they cost time, and count for no utilisation."""
     memory: Memory
     tokens_per_step: int
+    """Of a full batch; fewer during trainer.batch_start."""
     steps: int
+    tokens: int
+    """Positions of the whole run."""
     passes: float
     """Over the training data."""
 
     @property
     def flops(self) -> float:
         """Of the whole run."""
-        return self.flops_per_token * self.tokens_per_step * self.steps
+        return self.flops_per_token * self.tokens
+
+    def numbers(self) -> dict[str, Any]:
+        """All of it for programs; memory in bytes."""
+        return self._asdict() | {"memory": self.memory._asdict() | {"total": self.memory.total}, "flops": self.flops}
 
     def seconds(self, flops_per_second: float) -> float:
         """At this rate: a device's peak, times the devices, times the utilisation that is hoped for without recomputation."""
-        return (self.flops + self.recomputed_flops_per_token * self.tokens_per_step * self.steps) / flops_per_second
+        return (self.flops + self.recomputed_flops_per_token * self.tokens) / flops_per_second
 
 
 def plan(
@@ -56,17 +63,17 @@ def plan(
     trainer, length = config.trainer, config.data.sequence_length
     share = float((sample.labels_BS != IGNORE).mean())
     backbone, head = meta_model(config, vocab_size, precision)
-    tokens = trainer.global_batch_size * length
-    steps = trainer.steps(length)
+    tokens = trainer.tokens(length)
     trunk = config.backbone.num_flops_per_token(length)
     return Plan(
         parameters=_parameters(backbone, head),
         flops_per_token=trunk + _head_flops(head, length, share),
         recomputed_flops_per_token=trunk / 3 * recomputed_share(backbone, trainer.recompute_every),  # a forward pass is a third
         memory=memory(config, vocab_size=vocab_size, sample=sample, attention=attention, precision=precision, target_share=share),
-        tokens_per_step=tokens,
-        steps=steps,
-        passes=steps * tokens / max(training_tokens, 1),
+        tokens_per_step=trainer.global_batch_size * length,
+        steps=trainer.steps(length),
+        tokens=tokens,
+        passes=tokens / max(training_tokens, 1),
     )
 
 

@@ -22,6 +22,7 @@ from heads_lightning.composition import machine_problems
 from heads_lightning.configs.backbone import BackboneConfig
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.configs.head import LMHeadConfig
+from heads_lightning.configs.requests import PlanRequest
 from heads_lightning.data.stream import rows_of
 from heads_lightning.experiment import Experiment, build, build_model
 from heads_lightning.planning import Plan, plan
@@ -39,10 +40,6 @@ OVERFIT_STEPS, OVERFIT_SHARE = 80, 0.6
 """Steps on one batch, and the share of the first loss below which they must bring it."""
 FIRST_LOSS = 0.1
 """How far from ln V, as a share of it, the loss of a model that has learned nothing may be."""
-MFU = 0.4
-"""Utilisation that the time of a plan assumes."""
-PEAKS = {"H100 or H200": 989e12, "A100": 312e12}
-"""Dense bf16 operations per second (vendor's data sheets)."""
 
 
 class Row(NamedTuple):
@@ -54,24 +51,36 @@ class Row(NamedTuple):
     text: str
     """What was seen, or why not."""
     seconds: float
+    numbers: dict[str, Any]
+    """The same for programs, where it is more than a verdict."""
+
+
+class Seen(NamedTuple):
+    """What a probe saw that has numbers to show."""
+
+    text: str
+    numbers: dict[str, Any]
 
 
 class Skipped(Exception):
     """A probe that does not apply; the message says why."""
 
 
-def preflight(config: ExperimentConfig, *, say: Callable[[str], None] = lambda line: None) -> Iterator[Row]:
+def preflight(
+    config: ExperimentConfig, *, assumed: PlanRequest | None = None, say: Callable[[str], None] = lambda line: None
+) -> Iterator[Row]:
     """Every probe of a composed experiment, in order, as it is done. A probe whose experiment cannot be built is the last."""
-    probes = Probes(config, say)
+    probes = Probes(config, say, assumed)
     for name, probe in probes.named():
-        started = time.perf_counter()
+        started, numbers = time.perf_counter(), {}
         try:
-            verdict, text = "ok", probe()
+            verdict, seen = "ok", probe()
+            text, numbers = seen if isinstance(seen, Seen) else (seen, {})
         except Skipped as reason:
             verdict, text = "skipped", str(reason)
         except (AssertionError, ConfigError) as problem:
             verdict, text = "failed", " ".join(str(problem).split())
-        yield Row(name, verdict, text, time.perf_counter() - started)
+        yield Row(name, verdict, text, time.perf_counter() - started, numbers)
         if verdict == "failed" and name == "data":
             return  # nothing further can be built
 
@@ -79,11 +88,12 @@ def preflight(config: ExperimentConfig, *, say: Callable[[str], None] = lambda l
 class Probes:
     """The probes of one experiment, and what they share, made when it is first asked for."""
 
-    def __init__(self, config: ExperimentConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ExperimentConfig, say: Callable[[str], None], assumed: PlanRequest | None = None) -> None:
+        self.assumed = assumed or PlanRequest()
         self.config = replace(config, trainer=settled(config.trainer))
         self._say = say
 
-    def named(self) -> list[tuple[str, Callable[[], str]]]:
+    def named(self) -> list[tuple[str, Callable[[], str | Seen]]]:
         """(question, probe)."""
         return [
             ("machine", self.machine),
@@ -170,19 +180,24 @@ class Probes:
         assert shifted == 1, f"only {shifted:.1%} of the targets are the token that follows"
         return f"every target is the token that follows ({same:.1%} repeat the token before them)"
 
-    def plan(self) -> str:
-        """Costs of the real model."""
-        made = self.cost()
+    def plan(self) -> Seen:
+        """Costs of the real model, and the time that they take."""
+        made, devices, mfu = self.cost(), self.config.trainer.world_size, self.assumed.mfu
+        seconds = {name: made.seconds(peak * mfu * devices) for name, peak in self.assumed.peaks().items()}
+        times = [{"device": name, "seconds": spent, "device_hours": spent * devices / 3600} for name, spent in seconds.items()]
+        return Seen(self._costs(made, seconds), made.numbers() | {"mfu": mfu, "devices": devices, "times": times})
+
+    def _costs(self, made: Plan, seconds: dict[str, float]) -> str:
+        """A plan in words."""
         parameters, memory = sum(made.parameters.values()), made.memory
         parts = ", ".join(f"{name.removeprefix('backbone.')} {_count(number)}" for name, number in made.parameters.items())
         bytes_ = ", ".join(f"{name} {_size(number)}" for name, number in memory._asdict().items() if number)
-        hours = ", ".join(
-            f"{name} {_time(made.seconds(peak * MFU * self.config.trainer.world_size))}" for name, peak in PEAKS.items()
-        )  # fmt: skip
+        devices = self.config.trainer.world_size
+        hours = ", ".join(f"{name} {_time(spent)} ({spent * devices / 3600:.3g} device hours)" for name, spent in seconds.items())
         return (
             f"{_count(parameters)} parameters ({parts}); {made.flops_per_token:.2e} FLOPs a token; "
-            f"{_size(memory.total)} a device ({bytes_}); {made.tokens_per_step:,} positions a step, {made.steps:,} steps, "
-            f"{made.passes:.2g} passes; {made.flops:.1e} FLOPs, at {MFU:.0%} of peak on {self.config.trainer.world_size} device(s): {hours}"
+            f"{_size(memory.total)} a device ({bytes_}); {_positions(self.config, made)}, {made.steps:,} steps, "
+            f"{made.passes:.2g} passes; {made.flops:.1e} FLOPs, at an MFU of {self.assumed.mfu:.0%} on {devices} device(s): {hours}"
         )
 
     def cost(self) -> Plan:
@@ -307,6 +322,12 @@ def _documents(made: Examples) -> float:
     if made.segments_BS is None:
         return 1.0
     return float(np.mean([len(np.unique(row[row != PADDING])) for row in made.segments_BS]))
+
+
+def _positions(config: ExperimentConfig, made: Plan) -> str:
+    sizes = config.trainer.batch_sizes(config.data.sequence_length)
+    first = "" if sizes.start == sizes.full else f" ({sizes.tokens(1):,} in the first)"
+    return f"{made.tokens_per_step:,} positions a step{first}"
 
 
 def _count(number: float) -> str:

@@ -119,19 +119,19 @@ def _fit(
     experiment: Experiment, run_dir: Path, log: RunLog, console: Console, config_yaml: str, further: Sequence[lightning.Callback]
 ) -> Result:
     config = experiment.config
-    tokens_per_step = config.trainer.global_batch_size * config.data.sequence_length
-    watch = SpikeWatch(run_dir, config.trainer.global_batch_size, lambda message: console.print(message, style="yellow"))
+    sizes = config.trainer.batch_sizes(config.data.sequence_length)
+    watch = SpikeWatch(run_dir, sizes, lambda message: console.print(message, style="yellow"))
     metrics = MetricsCallback(
         lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
         flush=log.flush,
         every_steps=config.trainer.log_every_steps,
         waited_seconds=lambda: experiment.datamodule.wait_seconds,
-        tokens_per_step=tokens_per_step,
+        tokens_read=sizes.tokens,
         counters=experiment.objective.counters,
         warn=lambda message: console.print(message, style="yellow"),
         spikes=watch,
         flops_per_second=peak_flops(config.trainer.world_size),
-        flops_per_step=_flops_per_token(experiment) * tokens_per_step,
+        flops_per_token=_flops_per_token(experiment),
     )
     if config.resume:  # what is known of the run, until there is something newer
         metrics.latest = {name: value for point in read_metrics(run_dir) for name, value in point.values.items()}
@@ -139,7 +139,7 @@ def _fit(
         run_dir,
         config.trainer,
         seed=config.seed,
-        record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer), "tokens_per_step": tokens_per_step},
+        record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer)},
         warn=lambda message: console.print(message, style="yellow"),
     )
     callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
@@ -201,7 +201,7 @@ def _quiet_lightning() -> None:
 def _say_what_runs(experiment: Experiment, console: Console, trainer: lightning.Trainer) -> None:
     config, prepared = experiment.config, experiment.prepared
     parameters = sum({id(p): p.numel() for p in experiment.module.parameters()}.values())
-    tokens = config.trainer.steps(config.data.sequence_length) * config.trainer.global_batch_size * config.data.sequence_length
+    tokens = config.trainer.tokens(config.data.sequence_length)
     console.print(
         f"{config.objective.name} · {config.head.name} head · {config.backbone.name} · {parameters / 1e6:.1f} M parameters · "
         f"{tokens / 1e6:.1f} M positions in {config.trainer.steps(config.data.sequence_length)} steps "

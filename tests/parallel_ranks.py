@@ -15,8 +15,18 @@ from heads_lightning.composition import compose
 from heads_lightning.run import train
 
 
-class CopiesAreEqual(lightning.Callback):
-    """After training, ranks that hold the same part of a weight hold the same numbers, to the bit: a checkpoint shows one rank's alone."""
+class LaidOutRight(lightning.Callback):
+    """What a checkpoint cannot show, for it is written by one rank.
+
+    Before each update a gradient is laid out as its weight is: one that is still parts of a sum gives the same numbers, but is summed anew
+    for the norm, the clipping and the update. After training, ranks that hold the same part of a weight hold the same numbers, to the bit.
+    """
+
+    def on_before_optimizer_step(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: object) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if isinstance(parameter, DTensor) and parameter.grad is not None:
+                laid_out = parameter.grad.placements
+                assert laid_out == parameter.placements, f"{name} is laid out as {parameter.placements}, its gradient as {laid_out}"
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         for name, parameter in pl_module.named_parameters():
@@ -33,4 +43,4 @@ class CopiesAreEqual(lightning.Callback):
 
 if __name__ == "__main__":
     for folder, overrides in json.loads(Path(sys.argv[1]).read_text()).items():
-        train(compose(overrides), Path(folder), callbacks=[CopiesAreEqual()])
+        train(compose(overrides), Path(folder), callbacks=[LaidOutRight()])

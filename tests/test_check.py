@@ -17,6 +17,8 @@ from torch import Tensor
 from heads_lightning.batch import IGNORE, PADDING, Batch
 from heads_lightning.commands import check as command
 from heads_lightning.composition import compose
+from heads_lightning.configs.devices import peak_tflops
+from heads_lightning.configs.requests import PlanRequest
 from heads_lightning.data.stream import rows_of
 from heads_lightning.experiment import build_model
 from heads_lightning.heads.default import DefaultLMHead
@@ -163,6 +165,38 @@ def test_the_plan_counts_what_is_built(overrides: list[str]) -> None:
     assert full.memory.weights == full.memory.gradients == 4 * real
     assert full.memory.optimizer == 2 * 4 * real
     assert made.tokens_per_step == 8 * 64
+
+
+def test_the_time_of_the_plan_is_that_of_its_positions(overrides: list[str]) -> None:
+    config = compose([*overrides, "trainer.devices=2", "trainer.max_steps=10", "trainer.batch_start=2", "trainer.batch_warmup_steps=4"])
+    seen = Probes(config, lambda line: None, PlanRequest(mfu=0.5, device="h200")).plan()
+    tokens = 64 * (2 + 2 + 4 + 4 + 6 * 8)
+    assert (seen.numbers["tokens"], seen.numbers["steps"], seen.numbers["tokens_per_step"]) == (tokens, 10, 8 * 64)
+    seconds = seen.numbers["flops_per_token"] * tokens / (989e12 * 0.5 * 2)
+    assert seen.numbers["times"] == [{"device": "H200", "seconds": pytest.approx(seconds), "device_hours": pytest.approx(seconds / 1800)}]
+    assert "512 positions a step (128 in the first), 10 steps" in seen.text
+    assert "at an MFU of 50% on 2 device(s): H200" in seen.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["device=h1000"], r"device=h1000 is not known\. Did you mean 'H100'\? Known: A40, .*; for another one give peak_tflops=N"),
+        (["mfu=40"], r"mfu=40\.0 is out of range; it is a share of the peak, e\.g\. mfu=0\.4"),
+        (["mfu=fast"], "`mfu=fast` is not allowed"),
+        (["peak_tflops=0"], "peak_tflops=0.0 is out of range"),
+        (["device=A100", "peak_tflops=300"], "say the same thing twice; leave one out"),
+        (["mfu=0.4", "--config-only"], "mfu=0.4 is for the plan of one experiment, which --config-only does not make; leave it out"),
+    ],
+)
+def test_a_mistake_in_what_the_plan_assumes_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        command.main(words)
+
+
+def test_devices_are_known_by_the_longest_part_of_their_names() -> None:
+    names = ["NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4", "NVIDIA A100-SXM4-80GB", "NVIDIA GB200", "Something"]
+    assert [peak_tflops(name) for name in names] == [989, 756, 362, 121, 312, 2500, None]
 
 
 def test_the_plan_of_activations_is_what_autograd_keeps(overrides: list[str]) -> None:

@@ -303,6 +303,13 @@ def test_two_at_once_make_it_once(corpus, monkeypatch):
     assert "waiting" in stages
 
 
+def test_a_tokenizer_is_a_stage_where_one_is_trained(corpus):
+    for tokenizer, first in ((BPE, "tokenizer"), (ByteConfig(num_sentinels=0), "tokens")):
+        stages = []
+        prepare(config(corpus), tokenizer, progress=lambda *p, stages=stages: stages.append(p[0]))
+        assert stages[0] == first
+
+
 # mistakes
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heads_lightning.batch import IGNORE, Attention, Batch, Examples
+from heads_lightning.configs.batch_sizes import BatchSizes
 from heads_lightning.configs.data import RepeatConfig
 from heads_lightning.configs.tokenizer import ByteConfig
 from heads_lightning.data.datamodule import StepBatches, TokenDataModule, TrainLoader
@@ -30,6 +31,7 @@ class Causal(Objective):
         return Window(sequence_length, sequence_length + 1)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
+        tokens_BR = tokens_BR.astype(np.int64)
         labels_BS = tokens_BR[:, 1:].copy()
         labels_BS[rng.uniform(sequence_length) < rng.uniform(1)] = IGNORE
         labels_BS[:, -1] = tokens_BR[:, -1]
@@ -171,7 +173,7 @@ def batches(world_size: int = 1, rank: int = 0, micro_batch_size: int = 3, globa
     return StepBatches(
         stream(500),
         Causal(),
-        global_batch_size=global_batch_size,
+        sizes=BatchSizes(global_batch_size, global_batch_size, 0, 1),
         micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world_size,

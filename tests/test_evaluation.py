@@ -10,18 +10,21 @@ import pytest
 import torch
 from bigram import bigram_model
 
-from heads_lightning.batch import IGNORE
+from heads_lightning.batch import IGNORE, Attention
 from heads_lightning.configs.evaluation import EvaluationConfig
+from heads_lightning.configs.objective import SpanCorruptionConfig
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.evaluation import masked, span_filling
 from heads_lightning.evaluation.abilities import infilling
+from heads_lightning.evaluation.continuation import continuation as write_on
 from heads_lightning.evaluation.lm_eval import HeadsLightningLM, continue_texts, score_continuations, score_texts
-from heads_lightning.evaluation.protocol import LONGEST_SPAN, hidden_lines, protocol, random_spans
+from heads_lightning.evaluation.protocol import LONGEST_SPAN, HiddenLine, hidden_lines, protocol, random_spans
 from heads_lightning.evaluation.scoring import evaluate, infill, infill_texts, stop_accuracy
 from heads_lightning.experiment import build_model
 from heads_lightning.generation import denoise, score
 from heads_lightning.objectives.base import SampleRandom
 from heads_lightning.objectives.mixture import open_with
+from heads_lightning.objectives.ul2 import mode_tokens
 from heads_lightning.registry import ConfigError
 
 ASK = ["evaluation.infill_lines=8", "evaluation.random_spans=8", "evaluation.text_tokens=2000", "evaluation.max_new_tokens=4"]
@@ -237,12 +240,67 @@ class TestSentinelsOfADecoder:
             assert after.tolist()[:3] == sources[at + 1 : at + 4].tolist()
             assert len(sources) + 1 + 4 <= asked.config.data.sequence_length
 
+    @pytest.mark.parametrize("parts", [[], ["backbone=t5", "head=t5"]], ids=["decoder", "encoder-decoder"])
+    @pytest.mark.parametrize("end", ["end_of_document", "sentinel"])
+    def test_an_answer_goes_on_from_the_first_sentinel_to_the_next_or_the_end(self, overrides, parts, end):
+        """A model that reads one token: `q` follows the first sentinel, `z` the start token, text and any other sentinel."""
+        asked, prepared = bigram_model([*overrides, *parts, "objective=span_corruption"])
+        v = asked.tokenizer.vocabulary
+        (q,), (z,) = asked.tokenizer.encode("q"), asked.tokenizer.encode("z")
+        table = torch.zeros(v.size, v.size)
+        table[:, z] = 1.0
+        table[v.sentinels[0], q] = 2.0
+        table[q, v.end_of_document if end == "end_of_document" else v.sentinels[1]] = 2.0
+        with torch.no_grad():
+            asked.head.w_out.weight.copy_(table.T)
+        questions = hidden_lines(list(prepared.texts("validation")), asked.config.evaluation)
+        many = (questions * 20)[: span_filling.ROWS + 1]
+        assert span_filling.fill(asked, many, max_new_tokens=3) == [[q]] * len(many)
+        assert infill(asked, "import os", "", InfillRequest(checkpoint="somewhere", max_new_tokens=3)) == "q"
+
+    @pytest.mark.parametrize("parts", [[], ["backbone=t5", "head=t5"]], ids=["decoder", "encoder-decoder"])
+    def test_a_source_holds_what_the_question_tells_and_fits(self, overrides, parts):
+        asked, _ = bigram_model([*overrides, *parts, "objective=ul2", "objective.mode_tokens=true"])
+        v, objective, encode = asked.tokenizer.vocabulary, asked.config.objective, asked.tokenizer.encode
+        encodes = objective.attention == Attention.encoder_decoder
+        end = [v.end_of_document] if encodes else []
+        (mode,), question = span_filling._mode(asked), HiddenLine("import os\n", "", "\nx = 1", "", "", begins_document=True)
+        assert mode == mode_tokens(objective, v)["r"]  # in the place of the marker
+        before, hole, after = encode("import os\n").tolist(), v.sentinels[0], encode("\nx = 1").tolist()
+        assert span_filling.source(asked, question, with_suffix=True).tolist() == [mode, *before, hole, *after, *end]
+        assert span_filling.source(asked, question, with_suffix=False).tolist() == [mode, *before, hole, *end]
+        long = question._replace(prefix="a = 1\n" * 500, suffix="b = 2\n" * 500)
+        written = 0 if encodes else 1 + asked.config.evaluation.max_new_tokens
+        assert len(span_filling.source(asked, long, with_suffix=True)) + written == asked.config.data.sequence_length
+        plain = replace(asked, config=replace(asked.config, objective=replace(objective, mode_tokens=False)))
+        opened, inside = (
+            span_filling.source(plain, question._replace(begins_document=begins), with_suffix=True)[0] for begins in (True, False)
+        )
+        assert (opened, inside) == (v.end_of_document, before[0])
+        hot = InfillRequest(checkpoint="somewhere", max_new_tokens=4, temperature=1.0)
+        assert len({infill(asked, "a", "b", replace(hot, seed=seed)) for seed in range(4)}) > 1
+        if encodes:
+            span = SpanCorruptionConfig(form=objective.form).build(v)
+            window = np.tile(before, 99)[None, : span.window(64).length]
+            read = span.examples(window, SampleRandom(0, 0, np.arange(1)), 64).tokens_BS
+            assert span_filling._opening(asked) == read[0, :2].tolist()
+
     def test_the_command_answers_and_refuses_a_layout(self, span_model):
         asked, _ = span_model
         request = InfillRequest(checkpoint="somewhere", max_new_tokens=3)
         assert isinstance(infill(asked, "import os\n", "\nx = 1\n", request), str)
         with pytest.raises(ConfigError, match="leave layout out"):
             infill(asked, "a", "b", replace(request, layout="psm"))
+
+
+@pytest.mark.parametrize("objective", ["fim", "span_corruption", "masked_diffusion", "causal"])
+def test_an_answer_longer_than_the_sequences_is_refused(overrides, objective):
+    asked, _ = bigram_model([*overrides, f"objective={objective}"])
+    request = InfillRequest(checkpoint="somewhere", max_new_tokens=100_000)
+    with pytest.raises(ConfigError, match="max_new_tokens=100000 does not fit sequences of 64 positions; use max_new_tokens=32"):
+        write_on(asked, "a", request) if objective == "causal" else infill(asked, "a", "b", request)
+    if objective == "causal":  # what is asked for by default is longer than these short sequences, and allowed
+        assert isinstance(write_on(asked, "a", replace(request, max_new_tokens=100)), str)
 
 
 @pytest.fixture(scope="module")

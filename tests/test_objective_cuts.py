@@ -98,14 +98,14 @@ def test_long_words_and_a_full_table():
     text = "'" + "'x" * 60 + "日本語テキスト" * 20 + "a" * 90
     ids = np.array(v.encode(text), np.uint16)
     cutter = CharCutter(v)
-    cutter.slices.table_size = 50
+    cutter.cells.table_size = 50
     rng = np.random.default_rng(2)
     for _ in range(30):
         draws = rng.random((10, 2))
         for draw, parts in zip(draws, parts_of(cutter, ids, draws), strict=True):
             a, b = sorted((draw * (len(text) + 1)).astype(int).tolist())
             assert [*map(list, parts)] == [v.encode(text[:a]), v.encode(text[a:b]), v.encode(text[b:])]
-    assert len(cutter.slices) <= 50
+    assert len(cutter.cells) <= 50
 
 
 def test_threads_share_the_tables():
@@ -114,7 +114,7 @@ def test_threads_share_the_tables():
     text = documents()[0][:1500]
     ids = np.array(v.encode(text), np.uint16)
     cutter = CharCutter(v)
-    cutter.slices.table_size = 90
+    cutter.cells.table_size = 90
 
     def cut(seed: int) -> int:
         rng, wrong = np.random.default_rng(seed), 0

@@ -102,7 +102,7 @@ def test_mode_tokens_of_ul2_open_what_is_read_and_tell_its_kind(form):
         ({"a": {"name": "causal", "weight": 0}}, "every part the weight 0"),
         ({"a": {"name": "causal"}, "b": {"name": "mlm"}}, "attention differs"),
         ({"a": {"name": "mixture"}}, "mixture in a mixture"),
-        ({"a": {"name": "fim", "level": "document"}}, "rewrites the stream"),
+        ({"a": {"name": "fim", "level": "document"}}, "changes what the rows of all parts are"),
     ],
 )
 def test_refusals(parts, message):

@@ -25,7 +25,7 @@ from heads_lightning.configs.objective import (
 )
 from heads_lightning.objectives.base import SampleRandom, document_segments
 from heads_lightning.objectives.causal import Causal
-from heads_lightning.objectives.fim import fim_prompt, invert
+from heads_lightning.objectives.fim import fim_prompt, invert, split_pieces
 from heads_lightning.objectives.multi_token import MultiToken
 from heads_lightning.registry import ConfigError
 
@@ -577,3 +577,22 @@ class TestPrompt:
     def test_invert_refuses_a_broken_piece(self):
         with pytest.raises(ValueError, match="not one whole"):
             invert(np.array([EOD, PRE, 200, SUF, 201, MID, 202]), vocabulary())
+
+
+def test_what_stays_left_to_right_beside_transformed_pieces_is_the_stream_and_the_token_after_it():
+    """Also at the end of a row, where pieces before it have grown and it has given up its end."""
+    v, width = vocabulary(), 96
+    objective = FIMConfig(rate=0.5).build(v)
+    source = stream().copy()
+    source[np.random.default_rng(0).integers(0, len(source), len(source) // 20)] = v.end_of_document
+    rows = np.arange(num_windows(objective, width, source))
+    raw = windows(objective, width, rows, source)
+    made = objective.examples(raw, SampleRandom(0, 0, rows), width)
+    pieces, flat, at_the_end = split_pieces(raw, v.end_of_document), raw.reshape(-1), 0
+    for row, number, start in zip(pieces.rows.tolist(), pieces.numbers.tolist(), pieces.starts.tolist(), strict=True):
+        ids, labels = (x[row][made.segments_BS[row] == number] for x in (made.tokens_BS, made.labels_BS))
+        if len(ids) and PRE not in ids:
+            assert ids.tolist() == flat[start : start + len(ids)].tolist()
+            assert labels[-1] == flat[start + len(ids)] or labels[-1] == IGNORE
+            at_the_end += bool(made.segments_BS[row, -1] == number and labels[-1] != IGNORE)
+    assert at_the_end > 10

@@ -40,7 +40,7 @@ def test_linear_falls_to_its_final_fraction() -> None:
 
 @pytest.mark.parametrize("name", list(schedules))
 def test_a_warm_up_in_tokens_is_one_in_steps(name: str) -> None:
-    tokens, steps = schedules[name](warmup_tokens=1000).in_steps(100), schedules[name](warmup_steps=10)
+    tokens, steps = schedules[name](warmup_tokens=1000).in_steps(lambda positions: -(-positions // 100)), schedules[name](warmup_steps=10)
     assert [tokens.factor(step, 50) for step in range(50)] == [steps.factor(step, 50) for step in range(50)]
     assert steps.factor(9, 50) < 1.0 == steps.factor(10, 50)
 

@@ -186,6 +186,7 @@ def test_a_checkpoint_goes_from_groups_to_one_process_and_back(of_four: Path, ot
         (["backbone.num_kv_heads=1"], r"backbone\.num_kv_heads=1 cannot be shared evenly"),
         (["data.sequence_length=65"], r"data\.sequence_length=65 cannot be shared evenly"),
         (["backbone.qk_norm=true", "backbone.qk_norm_width=full"], r"use backbone\.qk_norm_width=head, or trainer\.parallel=fsdp"),
+        (["trainer.compile=true"], r"use trainer\.compile=false or trainer\.parallel=fsdp"),
         (["backbone=ngpt"], r"backbone=transformer or t5, not of backbone=ngpt; use trainer\.parallel=fsdp"),
         (["objective=value", "head=value", "objective.target=outcome"], r"head=value does not have; use trainer\.parallel=fsdp"),
     ],

@@ -70,23 +70,30 @@ def test_loss_and_weights_do_not_depend_on_how_the_batch_is_cut(tiny: list[str],
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", ["fim_middle", pytest.param("mlm", marks=pytest.mark.slow)])
 def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, objective: str) -> None:
-    overrides = [*tiny, *OBJECTIVES[objective], *LINEAR]
+    """With batches that double: 2, 4, 8 and 8 sequences."""
+    overrides = [*tiny, *OBJECTIVES[objective], *LINEAR, "trainer.batch_start=2", "trainer.batch_warmup_steps=2"]
     train(compose(overrides), tmp_path / "one")
     command = [sys.executable, "-m", "heads_lightning", "train", *overrides, "trainer.devices=2", "trainer.micro_batch_size=2"]
     subprocess.run([*command, f"hydra.run.dir={tmp_path / 'two'}"], check=True, timeout=240, capture_output=True)
     assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
     losses = [[p["train/loss"] for p in points(tmp_path / name) if "train/loss" in p] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    tokens = [[point.tokens for point in read_metrics(tmp_path / name) if "train/loss" in point.values] for name in ("one", "two")]
+    assert tokens[0] == tokens[1] == [64 * sequences for sequences in (2, 6, 14, 22)]
     held_out = [[p["val/loss"] for p in points(tmp_path / name) if "val/loss" in p] for name in ("one", "two")]
     assert held_out[1] == pytest.approx(held_out[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tiny: list[str], tmp_path: Path, optimizer: str) -> None:
+WARM_UP = ["trainer.batch_start=2", "trainer.batch_warmup_steps=5", "data.length_start=32", "data.length_warmup_steps=4"]
+"""Of the batch 2, 2, 4, 4, 4, 8 sequences, the first four of half the length: step 3 is in the middle of both."""
+
+
+@pytest.mark.parametrize(("optimizer", "warm_up"), [("adamw", []), ("muon", WARM_UP)])
+def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tiny: list[str], tmp_path: Path, optimizer: str, warm_up: list[str]) -> None:
     """Break a copy of a run as a kill does: the newest checkpoint is that of step 3, step 4 was logged already."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = ["backbone.dropout=0.1", "trainer.micro_batch_size=4", "trainer.max_steps=6", "trainer.checkpoint_every_steps=3"]
-    overrides = [*tiny, f"optimizer={optimizer}", *changes]
+    overrides = [*tiny, f"optimizer={optimizer}", *changes, *warm_up]
     train(compose(overrides), whole)
     shutil.copytree(whole, broken)
     checkpoint_path(broken, 6).unlink()

@@ -15,6 +15,7 @@ from objective_data import stream, vocabulary, windows
 
 from heads_lightning.batch import IGNORE, PADDING, Batch
 from heads_lightning.composition import compose
+from heads_lightning.configs.batch_sizes import BatchSizes
 from heads_lightning.configs.head import DefaultLMHeadConfig
 from heads_lightning.configs.objective import (
     CausalConfig,
@@ -233,7 +234,7 @@ def test_gradients_are_equal_however_a_step_is_cut(config, micro_batch_size):
     def gradients(cut: int) -> list[torch.Tensor]:
         for p in parameters:
             p.grad = None
-        batches = StepBatches(source, objective, global_batch_size=16, micro_batch_size=cut, rank=0, world_size=1).step(3)
+        batches = StepBatches(source, objective, sizes=BatchSizes(16, 16, 0, 1), micro_batch_size=cut, rank=0, world_size=1).step(3)
         assert len({b.step_targets for b in batches}) == 1
         for b in batches:
             output = head(

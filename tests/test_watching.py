@@ -13,13 +13,14 @@ import torch
 from test_training import points
 
 from heads_lightning.composition import compose
+from heads_lightning.configs.batch_sizes import BatchSizes
 from heads_lightning.run import train
 from heads_lightning.training.profiling import TABLE, TRACE
 from heads_lightning.training.spikes import FILE, SpikeWatch, StepRecord
 
 
 def watched(folder: Path, losses: list[float]) -> SpikeWatch:
-    watch = SpikeWatch(folder, 8, lambda message: None)
+    watch = SpikeWatch(folder, BatchSizes(8, 8, 0, 1), lambda message: None)
     watch.add([StepRecord(step, loss, 1.0 + loss) for step, loss in enumerate(losses, 1)])
     return watch
 

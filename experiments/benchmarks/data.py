@@ -27,7 +27,7 @@ import torch
 
 from heads_lightning.batch import Attention, Examples
 from heads_lightning.configs.data import StdlibConfig
-from heads_lightning.configs.objective import CausalConfig, FIMConfig, FIMCut, MLMConfig, ObjectiveConfig
+from heads_lightning.configs.objective import CausalConfig, CausalLevel, FIMConfig, FIMCut, MLMConfig, ObjectiveConfig
 from heads_lightning.configs.tokenizer import BPEConfig
 from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import _Setup, encode_part, prepare
@@ -50,6 +50,7 @@ class Causal(Objective):
         return Window(sequence_length, sequence_length + 1)
 
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
+        tokens_BR = tokens_BR.astype(np.int64)
         return Examples(tokens_BR[:, :-1], tokens_BR[:, 1:])
 
 
@@ -94,6 +95,7 @@ def end_to_end(prepared: PreparedData, sequence_length: int, batch_size: int, re
     """Read, transform, collate to tensors: what a training step asks for. Cold begins without encoded cuts, warm has the first repeat's."""
     configs: dict[str, ObjectiveConfig] = {
         "causal": CausalConfig(),
+        "causal, whole documents": CausalConfig(level=CausalLevel.document),
         "fim char, rate 0.5, cold": FIMConfig(),
         "fim char, rate 0.5, warm": FIMConfig(),
         "fim char, rate 1, cold": FIMConfig(rate=1.0),

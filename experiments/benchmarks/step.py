@@ -80,7 +80,7 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
             lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
             every_steps=config.trainer.log_every_steps,
             waited_seconds=lambda: parts.datamodule.wait_seconds,
-            tokens_per_step=config.trainer.global_batch_size * config.data.sequence_length,
+            tokens_read=config.trainer.batch_sizes(config.data.sequence_length).tokens,
         )
 
         class Ticks(Callback):

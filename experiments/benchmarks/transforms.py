@@ -79,7 +79,7 @@ def ours(config: ObjectiveConfig, vocabulary: Vocabulary, stream: np.ndarray, ba
     stride, width = objective.window(length)
     count = (len(stream) - width) // stride
     batches = [np.arange(first, min(first + batch, count)) for first in range(0, count, batch)]
-    windows = [stream[indices[:, None] * stride + np.arange(width)].astype(np.int64) for indices in batches]
+    windows = [stream[indices[:, None] * stride + np.arange(width)] for indices in batches]  # as the loader hands them over
     epoch = 0
 
     def whole() -> int:

@@ -1,6 +1,7 @@
 """From one process to two, measured; from 8 devices to 1,024, by arithmetic.
 
-python experiments/scaling/scaling.py measure     # a minute on two processor cores: one process and two, one thread each
+python experiments/scaling/scaling.py measure     # minutes on two idle processor cores: one process and two, one thread each
+python experiments/scaling/scaling.py measure 1   # each layout once
 python experiments/scaling/scaling.py plan        # no run: memory and traffic of a step for each layout
 """
 
@@ -31,15 +32,12 @@ LAYOUTS = {
     "tensor, 2": (2, ["trainer.parallel=tensor"]),
 }
 
-TURNS = 3
-"""Runs of each layout, in turn."""
 
-
-def measure() -> None:
-    """Positions a second of the same global batch on one process and on two."""
+def measure(turns: str = "3") -> None:
+    """Positions a second of the same global batch on one process and on two; the layouts take turns."""
     found: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(TURNS):
+        for turn in range(int(turns)):
             for name, (processes, fields) in LAYOUTS.items():
                 run_dir = Path(folder) / f"{turn} {name}".replace(" ", "_").replace(",", "")
                 torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -134,4 +132,4 @@ def plan() -> None:
 
 
 if __name__ == "__main__":
-    {"measure": measure, "plan": plan}[sys.argv[1]]()
+    {"measure": measure, "plan": plan}[sys.argv[1]](*sys.argv[2:])

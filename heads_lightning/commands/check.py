@@ -3,19 +3,24 @@
 import gc
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from heads_lightning.commands.arguments import read
 from heads_lightning.commands.show import as_json, table
 from heads_lightning.commands.words import taken
 from heads_lightning.composition import compose, compose_tree, to_experiment
 from heads_lightning.composition.mistakes import explained
 from heads_lightning.composition.store import conf_dir
+from heads_lightning.configs.requests import PlanRequest
 from heads_lightning.registry import ConfigError
 
 FLAGS = ("--json", "--config-only")
+Arguments = PlanRequest
+"""Beside the overrides."""
 
 
 class Verdict(NamedTuple):
@@ -27,15 +32,23 @@ class Verdict(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`heads-lightning check [OVERRIDES] [--config-dir FOLDER] [--json] [--config-only]`; exit code 1 when something failed."""
+    """`heads-lightning check [OVERRIDES] [KEY=VALUE of PlanRequest] [--config-dir FOLDER] [--json] [--config-only]`.
+
+    The exit code is 1 when something failed.
+    """
     words, config_dir = taken(list(arguments), "--config-dir", "FOLDER")
     words, config_name = taken(words, "--config-name", "NAME")
     if unknown := [word for word in words if word.startswith("-") and word not in FLAGS]:
         raise ConfigError(f"{unknown[0]} is not a flag of check; it knows {', '.join(FLAGS)}, --config-dir FOLDER and --config-name NAME")
-    overrides = [word for word in words if word not in FLAGS]
+    own = [field.name for field in fields(Arguments)]
+    about_time = [word for word in words if word.partition("=")[0] in own]
+    overrides = [word for word in words if word not in (*FLAGS, *about_time)]
+    assumed, _ = read(Arguments, about_time)
     if "--config-only" in words:
+        if about_time:
+            raise ConfigError(f"{about_time[0]} is for the plan of one experiment, which --config-only does not make; leave it out")
         return _recipes(overrides, config_dir, as_text="--json" not in words)
-    return _experiment(overrides, config_dir, config_name, as_text="--json" not in words)
+    return _experiment(overrides, config_dir, config_name, assumed, as_text="--json" not in words)
 
 
 def _recipes(overrides: list[str], config_dir: str | None, *, as_text: bool) -> int:
@@ -85,14 +98,14 @@ def _left(node: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _experiment(overrides: list[str], config_dir: str | None, config_name: str | None, *, as_text: bool) -> int:
+def _experiment(overrides: list[str], config_dir: str | None, config_name: str | None, assumed: PlanRequest, *, as_text: bool) -> int:
     """Every probe of one experiment, said as it is done."""
     named = {} if config_name is None else {"config_name": config_name}
     config = compose(overrides, config_dir=config_dir, **named)
     from heads_lightning.preflight import preflight
 
     started, rows = time.perf_counter(), []
-    for row in preflight(config, say=print if as_text else lambda line: None):
+    for row in preflight(config, assumed=assumed, say=print if as_text else lambda line: None):
         rows.append(row)
         if as_text:
             print(f"{row.verdict:8} {row.name:14} {row.text}", flush=True)

@@ -58,8 +58,9 @@ COMMANDS: dict[str, Command] = {
         "infill checkpoint=RUN prefix_file=a.py suffix_file=b.py", "infill checkpoint=RUN -- 'def f(' '): return 1'")),
     "prepare": Command("hydra_application:prepare", "tokenise the data of an experiment", OVERRIDES, (
         "prepare", "prepare data=files data.root=src tokenizer.vocab_size=8192")),
-    "check": Command("check:main", "try an experiment out before it costs anything", f"{OVERRIDES} [--json] [--config-only]", (
-        "check objective=mlm head=mlm", "check --config-only --config-dir my_conf")),
+    "check": Command("check:main", "try an experiment out before it costs anything",
+        f"{OVERRIDES} [mfu=SHARE] [device=NAME] [--json] [--config-only]", (
+        "check trainer.devices=8 device=H100 mfu=0.4", "check --config-only --config-dir my_conf")),
     "list": Command("list:main", "options of every group, and fields of an option", "[GROUP[=OPTION]] [--json]", (
         "list head", "list objective=fim")),
     "config": Command("config:main", "the composed configuration, and where each value comes from", f"{OVERRIDES} [--json]", (
@@ -154,7 +155,7 @@ def command_help(name: str, command: Command) -> str:
         from heads_lightning.commands.help import HYDRA_FLAGS
 
         lines += [HYDRA_FLAGS, ""]
-    if name not in READS_OVERRIDES:
+    else:
         lines += _fields_help(command)
     return "\n".join([*lines, "examples:", *(f"  {PROGRAM} {example}" for example in command.examples)])
 

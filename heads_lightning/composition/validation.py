@@ -169,6 +169,9 @@ def _tensor(config: ExperimentConfig) -> Iterator[str]:
     ranks, layout = trainer.tensor_ranks, f"trainer.parallel={trainer.parallel}"
     if ranks == 1:
         return
+    if trainer.compile:
+        # the backward pass of a compiled block hands plain tensors to DTensor's (torch 2.13): "'Tensor' object has no attribute"
+        yield f"trainer.compile=true does not go with {layout}; use trainer.compile=false or trainer.parallel=fsdp"
     sizes = backbone.tensor_sizes()
     if not sizes:
         able = [name for name, cls in backbones.items() if cls.tensor_sizes is not BackboneConfig.tensor_sizes]

@@ -16,12 +16,24 @@ if TYPE_CHECKING:
     from heads_lightning.objectives.base import Vocabulary
 
 
+class CausalLevel(StrEnum):
+    """What a row is made of."""
+
+    context = "context"
+    """A window of the packed stream: no padding; a document is cut wherever the window ends."""
+    document = "document"
+    """Whole documents, packed best-fit (arXiv 2404.10830) and padded: one is cut only if it is longer than a row. Each token is read once
+    an epoch. Padding is logged as data/padding_share."""
+
+
 @objectives.register("causal")
 @dataclass
 class CausalConfig(ObjectiveConfig):
     """Predict the next token."""
 
     name: str = "causal"
+    level: CausalLevel = CausalLevel.context
+    """What a row is made of: a window of the packed stream, or whole documents."""
 
     def build(self, vocabulary: Vocabulary) -> Any:
         from heads_lightning.objectives.causal import Causal

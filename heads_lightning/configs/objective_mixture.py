@@ -86,7 +86,7 @@ class MixtureConfig(ObjectiveConfig):
                 continue
             configs[part] = from_mapping(objectives[given["name"]], settings, place)
             if getattr(configs[part], "level", None) == FIMLevel.document:
-                raise ConfigError(f"{place}.level=document rewrites the stream of all parts; use {place}.level=context")
+                raise ConfigError(f"{place}.level=document changes what the rows of all parts are; use {place}.level=context")
         return configs
 
     def _weights(self, part: str) -> tuple[float, float]:

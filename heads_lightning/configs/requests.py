@@ -1,9 +1,47 @@
-"""What the commands that ask a trained model take: `heads-lightning infill checkpoint=RUN …`."""
+"""What commands take that are not Hydra applications: `heads-lightning infill checkpoint=RUN …`."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from heads_lightning.registry import ConfigError
+from heads_lightning.configs.devices import PEAK_TFLOPS
+from heads_lightning.registry import ConfigError, nearest
+
+
+@dataclass
+class PlanRequest:
+    """`heads-lightning check`: what the time of its plan assumes."""
+
+    mfu: float = 0.4
+    """Share of the devices' peak that the model's own operations reach, without what is computed twice (trainer.recompute_every)."""
+    device: str | None = None
+    """Device to plan for, e.g. H100. None: several, side by side."""
+    peak_tflops: float | None = None
+    """Operations of one device, in 10^12 a second, in place of a known device."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mfu <= 1:
+            raise ConfigError(f"mfu={self.mfu} is out of range; it is a share of the peak, e.g. mfu=0.4")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ConfigError(f"peak_tflops={self.peak_tflops} is out of range; it takes more than 0")
+        if self.peak_tflops is not None and self.device is not None:
+            raise ConfigError(f"device={self.device} and peak_tflops={self.peak_tflops} say the same thing twice; leave one out")
+        if self.device is not None and self.device.upper() not in _KNOWN:
+            raise ConfigError(
+                f"device={self.device} is not known.{nearest(self.device.upper(), _KNOWN)} Known: {', '.join(PEAK_TFLOPS)}; "
+                f"for another one give peak_tflops=N"
+            )
+
+    def peaks(self) -> dict[str, float]:
+        """Operations a second of one device, by its name."""
+        if self.peak_tflops is not None:
+            return {f"a device of {self.peak_tflops:g} TFLOP/s": self.peak_tflops * 1e12}
+        names = USUAL_DEVICES if self.device is None else (_KNOWN[self.device.upper()],)
+        return {name: PEAK_TFLOPS[name] * 1e12 for name in names}
+
+
+USUAL_DEVICES = ("A100", "H100", "B200")
+"""Planned for when none is named."""
+_KNOWN = {name.upper(): name for name in PEAK_TFLOPS}
 
 
 @dataclass
@@ -23,7 +61,7 @@ class SamplingRequest(ModelRequest):
     """How tokens are drawn."""
 
     max_new_tokens: int = 100
-    """Longest answer, in tokens."""
+    """Longest answer, in tokens. More than the default must be fewer than the positions of the model's training sequences."""
     temperature: float = 0.0
     """0: always the most likely token; higher: more varied."""
     top_k: int | None = None

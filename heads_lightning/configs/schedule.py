@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -22,7 +23,8 @@ class ScheduleConfig(Option):
     warmup_steps: int | None = None
     """The same in optimizer steps, in place of warmup_fraction."""
     warmup_tokens: int | None = None
-    """The same in positions (global batch size times sequence length a step), in place of warmup_fraction."""
+    """The same in positions (global batch size times sequence length a step), in place of warmup_fraction; the rate rises by the same
+    amount each step all the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,11 +37,11 @@ class ScheduleConfig(Option):
                 f"use schedule.warmup_tokens=null or schedule.warmup_steps=null"
             )
 
-    def in_steps(self, tokens_per_step: int) -> Self:
-        """The same schedule with its warm-up in steps, rounded up."""
+    def in_steps(self, steps_of: Callable[[int], int]) -> Self:
+        """The same schedule with its warm-up in steps; `steps_of` says how many read a number of positions."""
         if self.warmup_tokens is None:
             return self
-        return replace(self, warmup_steps=-(-self.warmup_tokens // tokens_per_step), warmup_tokens=None)
+        return replace(self, warmup_steps=steps_of(self.warmup_tokens), warmup_tokens=None)
 
     def warmup(self, total_steps: int) -> float:
         """Steps of the warm-up of a run (after in_steps)."""

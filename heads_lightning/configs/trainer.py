@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import ClassVar
 
 from heads_lightning.configs.base import DType, Option
+from heads_lightning.configs.batch_sizes import BatchSizes
 from heads_lightning.registry import ConfigError, Registry, nearest
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed")
@@ -66,9 +67,16 @@ class TrainerConfig(Option):
     max_steps: int | None = None
     """Optimizer steps. Give this or max_tokens."""
     max_tokens: int | None = None
-    """Positions to train on (global_batch_size * sequence_length a step); rounded up to whole steps."""
+    """Positions to train on (global_batch_size * sequence_length a step, fewer in a batch warm-up); rounded up to whole steps."""
     global_batch_size: int = 32
     """Sequences of one optimizer step, over all devices and accumulation steps. The result does not depend on how it is cut."""
+    batch_start: int | None = None
+    """Sequences of an optimizer step at the beginning of training: global_batch_size divided by a power of two. Batches double up to
+    global_batch_size, each size for as many steps; the learning rate is left to the schedule. None: no warm-up of the batch."""
+    batch_warmup_steps: int | None = None
+    """Optimizer steps until global_batch_size is reached. Give this or batch_warmup_tokens with batch_start."""
+    batch_warmup_tokens: int | None = None
+    """The same in positions, rounded up to whole steps."""
     micro_batch_size: int = 32
     """Sequences of one forward pass on one device."""
     accelerator: str = "auto"
@@ -152,12 +160,29 @@ class TrainerConfig(Option):
             )
         self._check_layout()
         self._check_linear_kernel()
-        if self.global_batch_size % self.data_ranks:
-            sharing = "devices" if self.tensor_ranks == 1 else f"groups of {self.tensor_ranks} devices"
+        self._check_batch_warmup()
+        for field in ("global_batch_size", "batch_start"):
+            if (getattr(self, field) or 0) % self.data_ranks:
+                sharing = "devices" if self.tensor_ranks == 1 else f"groups of {self.tensor_ranks} devices"
+                raise ConfigError(
+                    f"trainer.{field}={getattr(self, field)} sequences cannot be shared evenly by "
+                    f"{self.data_ranks} {sharing}; use a multiple of {self.data_ranks}"
+                )
+
+    def _check_batch_warmup(self) -> None:
+        """Refuse half a warm-up, and sizes that do not double up to the full one."""
+        lengths = [value for value in (self.batch_warmup_steps, self.batch_warmup_tokens) if value is not None]
+        if len(lengths) != (self.batch_start is not None):
             raise ConfigError(
-                f"trainer.global_batch_size={self.global_batch_size} sequences cannot be shared evenly by "
-                f"{self.data_ranks} {sharing}; use a multiple of {self.data_ranks}"
+                f"trainer.batch_start={self.batch_start} with trainer.batch_warmup_steps={self.batch_warmup_steps} and "
+                f"trainer.batch_warmup_tokens={self.batch_warmup_tokens} is no warm-up; give batch_start and one of the others, "
+                f"e.g. trainer.batch_start={max(self.global_batch_size // 4, 1)} trainer.batch_warmup_steps=1000, or none"
             )
+        self.require(not lengths or lengths[0] >= 1, "batch_warmup_tokens" if self.batch_warmup_steps is None else "batch_warmup_steps",
+                     "1 or more, or null")  # fmt: skip
+        halvings = [self.global_batch_size >> k for k in range(1, 40) if self.global_batch_size % (1 << k) == 0]
+        allowed = f"{', '.join(map(str, halvings)) or 'none'} (half, a quarter, … of global_batch_size)"
+        self.require(self.batch_start in (None, *halvings), "batch_start", allowed)
 
     def _check_layout(self) -> None:
         """Refuse sizes that do not fit the number of devices."""
@@ -259,12 +284,26 @@ class TrainerConfig(Option):
         """Forward passes of one device in one optimizer step; the last one may be smaller."""
         return -(-(self.global_batch_size // self.data_ranks) // self.micro_batch_size)
 
+    def batch_sizes(self, sequence_length: int) -> BatchSizes:
+        """Sequences of every optimizer step."""
+        start, steps = self.batch_start or self.global_batch_size, self.batch_warmup_steps or 0
+        if self.batch_warmup_tokens is not None:
+            doublings = (self.global_batch_size // start).bit_length() - 1
+            # one step of every size on the way reads so many positions
+            once = (self.global_batch_size - start) * sequence_length
+            steps = -(-self.batch_warmup_tokens * doublings // once)
+        return BatchSizes(self.global_batch_size, start, steps, sequence_length)
+
     def steps(self, sequence_length: int) -> int:
         """Optimizer steps of the run."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.max_tokens is not None
-        return -(-self.max_tokens // (self.global_batch_size * sequence_length))
+        return self.batch_sizes(sequence_length).steps(self.max_tokens)
+
+    def tokens(self, sequence_length: int) -> int:
+        """Positions that the run reads."""
+        return self.batch_sizes(sequence_length).tokens(self.steps(sequence_length))
 
 
 trainers: Registry[TrainerConfig] = Registry("trainer", TrainerConfig)

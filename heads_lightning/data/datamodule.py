@@ -1,10 +1,11 @@
 """Prepared data to Lightning: a loader of optimizer steps, and a fixed one for validation.
 
-Choices. Step t of the optimizer reads samples t*G … t*G + G - 1 (G = global batch size); of each step every rank makes its own fixed
-share at once and cuts it into micro-batches. So every micro-batch knows how many targets the share has, the position in the data is a
-number, resuming is a multiplication, and neither the number of ranks nor the micro-batch size changes what a step is trained on. One
-thread makes the next step's share while this one is used. There are no worker processes: reading and transforming runs at tens of
-millions of tokens a second in this process, and handing arrays over from another costs more than making them.
+Choices. Step t of the optimizer reads samples t*G … t*G + G - 1 (G = global batch size; where it grows, those that follow the steps
+before); of each step every rank makes its own fixed share at once and cuts it into micro-batches. So every micro-batch knows how many
+targets the share has, the position in the data is a number, resuming is a multiplication, and neither the number of ranks nor the
+micro-batch size changes what a step is trained on. One thread makes the next step's share while this one is used. There are no worker
+processes: reading and transforming runs at tens of millions of tokens a second in this process, and handing arrays over from another costs
+more than making them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from heads_lightning.batch import IGNORE, Batch, Examples
+from heads_lightning.configs.batch_sizes import BatchSizes
 from heads_lightning.configs.data import Share
 from heads_lightning.data.mixing import MixedStream
 from heads_lightning.data.scored import PreparedRecords, ScoredSplit, ScoredStream
@@ -42,7 +44,7 @@ class Stage(NamedTuple):
     first_step: int
     stream: Stream
     pieces: int
-    """Samples of this stage in place of one of full length: every step reads equally many positions."""
+    """Samples of this stage in place of one of full length: a step reads as many positions."""
 
 
 class StepBatches:
@@ -51,7 +53,7 @@ class StepBatches:
     Args:
         stages: the samples, by the first step that uses them; or one stream for all steps.
         objective: that made them.
-        global_batch_size: sequences of a step, over all ranks; a multiple of world_size.
+        sizes: sequences of a step, over all ranks; multiples of world_size.
         micro_batch_size: sequences of a micro-batch, at most.
         rank: of this process.
         world_size: processes in all.
@@ -62,29 +64,29 @@ class StepBatches:
         stages: Stream | Sequence[Stage],
         objective: Objective,
         *,
-        global_batch_size: int,
+        sizes: BatchSizes,
         micro_batch_size: int,
         rank: int,
         world_size: int,
     ) -> None:
-        if global_batch_size % world_size:
+        if sizes.start % world_size:
+            field = "global_batch_size" if sizes.start == sizes.full else "batch_start"
             raise ConfigError(
-                f"trainer.global_batch_size={global_batch_size} sequences cannot be shared evenly by {world_size} devices; "
-                f"use a multiple of {world_size}"
+                f"trainer.{field}={sizes.start} sequences cannot be shared evenly by {world_size} devices; use a multiple of {world_size}"
             )
         self._stages = [Stage(0, stages, 1)] if isinstance(stages, Stream) else list(stages)
         self._attention = objective.attention
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._share = global_batch_size // world_size
-        self._offset = rank * self._share
+        self._sizes, self._micro_batch_size = sizes, micro_batch_size
+        self._rank, self._world_size = rank, world_size
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one step."""
         stage = next(stage for stage in reversed(self._stages) if step >= stage.first_step)
-        first = (step - stage.first_step) * self._global_batch_size + self._offset
-        share = stage.stream.examples(first * stage.pieces, self._share * stage.pieces)
+        count = self._sizes.at(step) // self._world_size
+        first = self._sizes.sequences(step) - self._sizes.sequences(stage.first_step) + self._rank * count
+        share = stage.stream.examples(first * stage.pieces, count * stage.pieces)
         rows = self._micro_batch_size * stage.pieces
-        starts = range(0, self._share * stage.pieces, rows)
+        starts = range(0, count * stage.pieces, rows)
         batches = [Batch.from_examples(rows_of(share, start, start + rows), self._attention) for start in starts]
         counted = sum(batch.counted for batch in batches)
         return [batch._replace(step_targets=counted) for batch in batches]
@@ -186,6 +188,8 @@ class TokenDataModule(lightning.LightningDataModule):
         prefetch: make the next step in a thread.
         length_start: positions of a sequence at the beginning of training. None: sequence_length throughout.
         length_warmup_steps: optimizer steps until sequence_length is reached.
+        batch_start: sequences of an optimizer step at the beginning of training. None: global_batch_size throughout.
+        batch_warmup_steps: optimizer steps until global_batch_size is reached.
         shares: what each group of shards contributes to training. None: every token as often as any other.
     """
 
@@ -206,11 +210,14 @@ class TokenDataModule(lightning.LightningDataModule):
         prefetch: bool = True,
         length_start: int | None = None,
         length_warmup_steps: int = 0,
+        batch_start: int | None = None,
+        batch_warmup_steps: int = 0,
         shares: dict[str, Share] | None = None,
     ) -> None:
         super().__init__()
         self.prepared, self.objective = prepared, objective
-        self.sequence_length, self.global_batch_size, self.micro_batch_size = sequence_length, global_batch_size, micro_batch_size
+        self.sequence_length, self.micro_batch_size = sequence_length, micro_batch_size
+        self.batch_sizes = BatchSizes(global_batch_size, batch_start or global_batch_size, batch_warmup_steps, sequence_length)
         self.seed, self.total_steps, self._prefetch = seed, total_steps, prefetch
         self._rank, self._world_size, self._ranks_per_share = rank, world_size, ranks_per_share
         self._next_step = 0
@@ -232,7 +239,7 @@ class TokenDataModule(lightning.LightningDataModule):
             stream = self._train_stream(
                 length,
                 seed=self.seed if pieces == 1 else sample_key("length", self.seed, length) >> 1,
-                trained_before=first_step * self.global_batch_size * self.sequence_length,
+                trained_before=self.batch_sizes.tokens(first_step),
             )
             stages.append(Stage(first_step, stream, pieces))
         return stages
@@ -248,11 +255,12 @@ class TokenDataModule(lightning.LightningDataModule):
             for group_seed in [sample_key("group", seed, name) >> 1]
         ]
         mixed = MixedStream(groups, [*self._shares.values()], sequence_length=length, seed=seed, trained_before=trained_before)
-        needed = self.total_steps * self.global_batch_size
+        needed = self.batch_sizes.sequences(self.total_steps)
         if mixed.samples is not None and mixed.samples < needed:
+            most = self.batch_sizes.steps((mixed.samples + 1) * self.sequence_length) - 1
             raise ConfigError(
                 f"data.parts allow {mixed.samples} sequences (max_epochs of every source), and the run takes {needed}; raise one of the "
-                f"max_epochs or leave it out, or use trainer.max_steps={mixed.samples // self.global_batch_size}"
+                f"max_epochs or leave it out, or use trainer.max_steps={most}"
             )
         return mixed
 
@@ -286,10 +294,12 @@ class TokenDataModule(lightning.LightningDataModule):
         return {
             "data fingerprint": self.prepared.fingerprint,
             "data.sequence_length": self.sequence_length,
-            "trainer.global_batch_size": self.global_batch_size,
+            "trainer.global_batch_size": self.batch_sizes.full,
             "seed": self.seed,
             **({"data.parts": {name: list(share) for name, share in self._shares.items()}} if self._shares else {}),
+            **({"objective.level": "document"} if self.objective.whole_documents else {}),
             **({"length warm-up": [[s.first_step, s.pieces] for s in self.stages]} if len(self.stages) > 1 else {}),
+            **({"batch warm-up": list(self.batch_sizes[1:3])} if self.batch_sizes.start < self.batch_sizes.full else {}),
         }
 
     # loaders
@@ -305,7 +315,7 @@ class TokenDataModule(lightning.LightningDataModule):
         batches = StepBatches(
             self.stages,
             self.objective,
-            global_batch_size=self.global_batch_size,
+            sizes=self.batch_sizes,
             micro_batch_size=self.micro_batch_size,
             rank=rank,
             world_size=world_size,

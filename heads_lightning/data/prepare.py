@@ -36,13 +36,17 @@ from heads_lightning.data.workers import run_jobs
 from heads_lightning.registry import ConfigError
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total): stages `waiting`, `tokenizer`, `tokens` (parts) and `shards` (parts)."""
+"""Called as progress(stage, done, total): stages `waiting`, `tokenizer` (if it is trained), `tokens` (parts) and `shards` (parts)."""
 
 _TOKENIZER_SAMPLE_BYTES = 100_000_000
 """Text that a tokenizer is trained on, at most: parts spread evenly over the source. More changes 4k merges little and costs minutes."""
 _NAMES_SHOWN = 3
 _ASKED_FOR = _EMPTY, _SHORT, _LONG = "empty", "shorter than data.min_characters", "longer than data.max_characters"
 """Reasons to leave a document out that need no warning; they are counted in the manifest like the others."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress | None = None) -> PreparedData:
@@ -56,7 +60,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, *, progress: Progress 
     Raises:
         ConfigError: nothing to read, nowhere to write, or what is there is damaged.
     """
-    progress = progress or (lambda stage, done, total: None)
+    progress = progress or _silent
     if data.tokenized and tokenizer.trained:
         raise ConfigError(
             f"data={data.name} is token ids already, tokenizer={tokenizer.name} would be trained on text; "
@@ -231,10 +235,11 @@ class _Preparation:
     def _tokenizer(self) -> Tokenizer:
         done = self._work / "tokenizer.done"
         if not done.exists():
-            self._progress("tokenizer", 0, 1)
+            progress = self._progress if self._tokenizer_config.trained else _silent
+            progress("tokenizer", 0, 1)
             self._tokenizer_config.build(self._training_texts()).save(self._work)
             _write_atomically(done, lambda file: None)
-        self._progress("tokenizer", 1, 1)
+            progress("tokenizer", 1, 1)
         return Tokenizer.load(self._work)
 
     def _training_texts(self) -> Iterator[str]:

@@ -14,7 +14,7 @@ import re
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,9 +136,12 @@ class Stdlib(Source):
 
     @cached_property
     def _listing(self) -> list[File]:
-        found = _walk(self.root, keep_folder=lambda path: path.rsplit("/", 1)[-1] not in self._excluded)
-        files = [file for file in found if file.name.endswith(".py")]
-        if not files:
+        found = _walk(
+            self.root,
+            keep_folder=lambda path: path.rsplit("/", 1)[-1] not in self._excluded,
+            keep_file=lambda path: path.endswith(".py"),
+        )
+        if not (files := list(found)):
             raise ConfigError(f"data=stdlib found no .py files in {self.root} (a stripped Python); use data=files data.root=FOLDER")
         return files
 
@@ -224,13 +227,13 @@ class File(NamedTuple):
     modified_ns: int
 
 
-def _walk(root: Path, *, keep_folder: Any) -> Iterator[File]:
-    """Every file below root in a fixed order; links to folders are not followed (they may form circles)."""
+def _walk(root: Path, *, keep_folder: Callable[[str], object], keep_file: Callable[[str], object]) -> Iterator[File]:
+    """Files below root in a fixed order; links to folders are not followed (they may form circles)."""
     for folder, folders, names in os.walk(root):
         below = Path(folder).relative_to(root).as_posix()
         prefix = "" if below == "." else below + "/"
         folders[:] = sorted(f for f in folders if keep_folder(prefix + f))
-        for name in sorted(names):
+        for name in sorted(name for name in names if keep_file(prefix + name)):
             try:
                 status = os.stat(os.path.join(folder, name))
             except OSError:
@@ -249,8 +252,13 @@ def root_folder(root: str, *, group: str) -> Path:
 def matching_files(root: Path, include: Iterable[str], exclude: Iterable[str], *, group: str) -> list[File]:
     """Files below root whose relative path matches a pattern of `include` and none of `exclude`, or one line that says there are none."""
     wanted, unwanted = _any_glob(include), _any_glob(exclude)
-    found = _walk(root, keep_folder=lambda path: not unwanted.fullmatch(path + "/"))
-    files = [file for file in found if wanted.fullmatch(file.name) and not unwanted.fullmatch(file.name)]
+    files = list(
+        _walk(
+            root,
+            keep_folder=lambda path: not unwanted.fullmatch(path + "/"),
+            keep_file=lambda path: wanted.fullmatch(path) and not unwanted.fullmatch(path),
+        )
+    )
     if not files:
         patterns = ", ".join(include)
         raise ConfigError(

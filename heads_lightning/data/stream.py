@@ -3,6 +3,8 @@
 Sample n is window `n % windows` of epoch `n // windows`, after a permutation of the windows that is computed, not stored. Each epoch
 shifts all windows of a shard by a random number of tokens, so that no token is at the edge of a window for ever. Windows do not cross
 shards. What is random in the transform is keyed by (seed, epoch, window), so order, batch, worker and rank counts change nothing.
+
+Where an objective reads whole documents, the windows are the rows of a table (data.packing), the same in every epoch; the rest holds.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from heads_lightning.batch import Examples
+from heads_lightning.data.packing import Packing
 from heads_lightning.data.shards import Shard
-from heads_lightning.objectives.base import Objective, SampleRandom
+from heads_lightning.objectives.base import Objective, Rows, SampleRandom
 
 _ROUNDS = 10
 """Fewer show in a chi-square of where each of a handful of windows goes."""
@@ -98,7 +101,8 @@ class SampleStream:
         self._shards, self._objective, self._sequence_length = shards, objective, sequence_length
         self._seed, self._shift = seed, shift
         self._window = objective.window(sequence_length)
-        counts = [self._count(len(shard.tokens)) for shard in shards]
+        self._packings = [Packing(shard.offsets, sequence_length) for shard in shards] if objective.whole_documents else None
+        counts = [len(p) for p in self._packings] if self._packings else [self._count(len(shard.tokens)) for shard in shards]
         self._first_window = np.cumsum([0, *counts])
         self._block: tuple[int, int, np.ndarray] = (-1, -1, np.zeros(0, np.int64))
         self._rewritten: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
@@ -144,22 +148,38 @@ class SampleStream:
         return cached[2]
 
     def _of_epoch(self, epoch: int, indices_B: np.ndarray, trained: np.ndarray | None) -> Examples:
-        shards_B = np.searchsorted(self._first_window, indices_B, side="right") - 1
-        used = np.unique(shards_B).tolist()
-        if len(used) == 1:
-            tokens_BR = self._read(epoch, used[0], indices_B)
+        rng = SampleRandom(self._seed, epoch, indices_B, trained)
+        if self._packings is not None:
+            return self._objective.examples_of_documents(self._read_documents(self._packings, indices_B), rng)
+        runs = list(self._by_shard(indices_B))
+        if len(runs) == 1:
+            tokens_BR = self._read(epoch, runs[0][0], indices_B)
         else:
-            tokens_BR = np.empty((len(indices_B), self._window.length), np.int64)
-            for shard in used:
-                rows = np.flatnonzero(shards_B == shard)
+            tokens_BR = np.empty((len(indices_B), self._window.length), self._shards[0].tokens.dtype)
+            for shard, rows in runs:
                 tokens_BR[rows] = self._read(epoch, shard, indices_B[rows])
-        return self._objective.examples(tokens_BR, SampleRandom(self._seed, epoch, indices_B, trained), self._sequence_length)
+        return self._objective.examples(tokens_BR, rng, self._sequence_length)
+
+    def _by_shard(self, indices_B: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Shards that windows are in, and which of the windows."""
+        shards_B = np.searchsorted(self._first_window, indices_B, side="right") - 1
+        for shard in np.unique(shards_B).tolist():
+            yield shard, np.flatnonzero(shards_B == shard)
+
+    def _read_documents(self, packings: Sequence[Packing], indices_B: np.ndarray) -> Rows:
+        shape = len(indices_B), self._sequence_length
+        read = Rows(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32))
+        for shard, rows in self._by_shard(indices_B):
+            some = packings[shard].read(self._shards[shard].tokens, indices_B[rows] - self._first_window[shard])
+            for whole, part in zip(read, some, strict=True):
+                whole[rows] = part
+        return read
 
     def _read(self, epoch: int, shard: int, windows_B: np.ndarray) -> np.ndarray:
-        """int64 [B, R]: windows of one shard, copied from the file in one go."""
+        """[B, R]: windows of one shard, copied from the file in one go."""
         stream, length = self._stream(epoch, shard), self._window.length
         starts_B = (windows_B - self._first_window[shard]) * self._window.stride + self._phase(epoch, shard, len(stream))
-        return sliding_window_view(stream, length)[starts_B].astype(np.int64)
+        return sliding_window_view(stream, length)[starts_B]
 
     def _count(self, stream_tokens: int) -> int:
         """Windows of a shard: as many as leave room to shift them by any number of tokens below the stride, but one if one fits."""

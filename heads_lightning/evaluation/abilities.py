@@ -15,7 +15,9 @@ from heads_lightning.configs.objective import (
     PrefixLMConfig,
     UL2Config,
 )
+from heads_lightning.configs.requests import SamplingRequest
 from heads_lightning.experiment import TrainedModel
+from heads_lightning.registry import ConfigError
 
 
 def can_read_left_to_right(model: TrainedModel) -> bool:
@@ -78,3 +80,10 @@ def opening(model: TrainedModel) -> int:
 def can_infill(model: TrainedModel) -> bool:
     """True for models whose infilling tokens were trained."""
     return infilling(model) is not None
+
+
+def check_length(model: TrainedModel, new_tokens: int, *, always: int = SamplingRequest.max_new_tokens) -> None:
+    """Refuse an answer that is as long as the model's sequences, or longer, unless it has at most `always` tokens (as by default)."""
+    length = model.config.data.sequence_length
+    if new_tokens >= length and new_tokens > always:
+        raise ConfigError(f"max_new_tokens={new_tokens} does not fit sequences of {length} positions; use max_new_tokens={length // 2}")

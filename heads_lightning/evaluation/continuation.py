@@ -8,7 +8,7 @@ from heads_lightning.batch import Attention
 from heads_lightning.configs.objective import ObjectiveConfig
 from heads_lightning.configs.requests import SamplingRequest
 from heads_lightning.evaluation import masked
-from heads_lightning.evaluation.abilities import opening, reads_left_to_right
+from heads_lightning.evaluation.abilities import check_length, opening, reads_left_to_right
 from heads_lightning.evaluation.span_filling import continues_text
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
@@ -24,11 +24,12 @@ def continuation(model: TrainedModel, prompt: str, request: SamplingRequest) -> 
     """The text after `prompt`.
 
     Raises:
-        ConfigError: the model was not trained to continue a text.
+        ConfigError: the model was not trained to continue a text, or the answer is longer than its sequences.
     """
     objective, vocabulary = model.config.objective, model.tokenizer.vocabulary
     if not can_continue(objective):
         raise ConfigError(f"{request.checkpoint} was trained with objective={objective.name} and cannot continue a text")
+    check_length(model, request.max_new_tokens)
     if masked.writes_by_masks(objective):
         new = {"new_tokens": request.max_new_tokens, "steps": request.steps, "temperature": request.temperature, "seed": request.seed}
         return masked.fill(model, prompt, "", **new)

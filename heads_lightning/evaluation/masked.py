@@ -14,6 +14,7 @@ import numpy as np
 
 from heads_lightning.batch import IGNORE, Attention
 from heads_lightning.configs.objective import MaskedDiffusionConfig, MixtureConfig, MLMConfig, ObjectiveConfig
+from heads_lightning.evaluation.abilities import check_length
 from heads_lightning.evaluation.likelihood import Row, encode_around, score_rows, score_tokens
 from heads_lightning.evaluation.protocol import HiddenLine, bits_per_byte, clip_context, held_out_windows
 from heads_lightning.experiment import TrainedModel
@@ -156,11 +157,7 @@ def fill(
     """
     if not is_diffusion(model):
         raise ConfigError(f"objective={model.config.objective.name} was not trained to write from masks; objective=masked_diffusion is")
-    if new_tokens >= model.config.data.sequence_length:
-        raise ConfigError(
-            f"max_new_tokens={new_tokens} does not fit sequences of {model.config.data.sequence_length} positions; "
-            f"use max_new_tokens={model.config.data.sequence_length // 2}"
-        )
+    check_length(model, new_tokens, always=0)  # the masks are all there from the beginning
     mask, special_V = _mask(model), model.tokenizer.vocabulary.special_V
     question = HiddenLine(prefix, "", suffix, "", "", begins_document=True)
     before, after = _around(model, question, new_tokens, with_suffix=bool(suffix))

@@ -16,7 +16,7 @@ from heads_lightning.data.datamodule import TokenDataModule
 from heads_lightning.data.prepare import PreparedData
 from heads_lightning.data.scored import PreparedRecords
 from heads_lightning.evaluation import masked, span_filling
-from heads_lightning.evaluation.abilities import can_infill, can_read_left_to_right, infilling, opening
+from heads_lightning.evaluation.abilities import can_infill, can_read_left_to_right, check_length, infilling, opening
 from heads_lightning.evaluation.likelihood import ROWS, Row, encode_around, next_token_row, score_rows, score_tokens
 from heads_lightning.evaluation.protocol import (
     HiddenLine,
@@ -288,8 +288,9 @@ def infill(model: TrainedModel, prefix: str, suffix: str, request: InfillRequest
     """What the model puts between two texts.
 
     Raises:
-        ConfigError: the model was not trained to infill, or not with the layout asked for.
+        ConfigError: the model was not trained to infill, or not with the layout asked for, or the answer is longer than its sequences.
     """
+    check_length(model, request.max_new_tokens)
     if fills_spans(model.config.objective) and not can_infill(model):
         return span_filling.infill(model, prefix, suffix, request)
     if masked.is_diffusion(model):

@@ -59,6 +59,17 @@ class Window(NamedTuple):
     """Tokens of a window; those past `stride` are seen by the next window too (a label needs one token more than the input)."""
 
 
+class Rows(NamedTuple):
+    """Whole documents side by side, padded at the end."""
+
+    tokens_BS: np.ndarray
+    """int64 [B, S]: a marker and the document after it, or a piece of a document that is longer than a row; 0 where padded."""
+    next_BS: np.ndarray
+    """int64 [B, S]: what follows each in the stream; after a document, the marker of the next one."""
+    segments_BS: np.ndarray
+    """int32 [B, S]: number of the document in its row; PADDING where padded."""
+
+
 _WORD = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _STEP = np.uint64(_GOLDEN)
@@ -198,6 +209,8 @@ class Objective(ABC):
     """True: the loss is a mean over Examples.counts_B, with weights_BS, and not over its targets."""
     rewrites_stream: bool = False
     """True: `rewrite` changes the stream before windows are cut (document-level transforms, kept for comparison)."""
+    whole_documents: bool = False
+    """True: rows are whole documents, read by `examples_of_documents`, and not windows of the stream."""
 
     @abstractmethod
     def window(self, sequence_length: int) -> Window:
@@ -209,7 +222,14 @@ class Objective(ABC):
 
     @abstractmethod
     def examples(self, tokens_BR: np.ndarray, rng: SampleRandom, sequence_length: int) -> Examples:
-        """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length)."""
+        """Examples of `sequence_length` positions from windows [B, R] of the stream (R = window(sequence_length).length).
+
+        The windows have the type of the stream, uint16 as a rule: arithmetic on ids wants `astype(np.int64)` first.
+        """
+
+    def examples_of_documents(self, rows: Rows, rng: SampleRandom) -> Examples:
+        """Examples from rows of whole documents. Only with whole_documents."""
+        raise NotImplementedError("this objective reads windows of the stream")
 
     def counters(self) -> dict[str, int]:
         """What has been counted so far and is worth logging, by name (`…_share` is made of two: see FIM)."""
@@ -222,8 +242,8 @@ class Objective(ABC):
 
 def gather_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """int64: the indices start, start + 1, …, start + length - 1 of every range, one range after the other."""
-    ends = np.cumsum(lengths)
-    indices = np.repeat(starts - (ends - lengths), lengths)
+    ends = lengths.cumsum()
+    indices = (starts - (ends - lengths)).repeat(lengths)
     indices += counting(len(indices))
     return indices
 

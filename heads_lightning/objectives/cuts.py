@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from heads_lightning.objectives.base import Vocabulary
-from heads_lightning.objectives.slices import SliceEncoder, Slices
+from heads_lightning.objectives.cells import CellEncoder, Cuts
 from heads_lightning.objectives.syntax import SyntaxPlaces
 from heads_lightning.registry import ConfigError
 
@@ -149,8 +149,8 @@ class CharCutter(Cutter):
         self._lines = lines
         self._bytes = [*vocabulary.token_bytes] + [b""] * (vocabulary.size - len(vocabulary.token_bytes))
         self._encode_text = vocabulary.encode
-        self.slices = SliceEncoder(self._bytes, vocabulary.encode)
-        if not self.slices.knows_all_bytes:
+        self.cells = CellEncoder(self._bytes, vocabulary.encode)
+        if not self.cells.knows_all_bytes:
             raise ConfigError("objective.cut=char needs a byte-level tokenizer (a token for each byte); use objective.cut=token")
         self._single = max(map(len, self._bytes)) <= 1  # nothing is ever merged: a cut changes no ids
         self._byte_tables()
@@ -214,10 +214,10 @@ class CharCutter(Cutter):
         if self._single:
             return _parts(starts, ends, at_2P, at_2P)
         left_2P, right_2P = self._find_cells(text.tokens, starts, ends, at_2P, byte_2P)
-        slices = _slices(left_2P, at_2P, byte_2P, right_2P)
-        lengths, ids = self.slices.encode(text.tokens, slices)
-        begins = len(text.tokens) + np.cumsum(lengths) - lengths
-        return _parts(starts, ends, left_2P, right_2P, (begins.reshape(4, -1), lengths.reshape(4, -1), ids))
+        lengths_4P, ids = self.cells.encode(text.tokens, Cuts(left_2P, at_2P, byte_2P, right_2P))
+        begins = len(text.tokens) + np.cumsum(lengths_4P) - lengths_4P.reshape(-1)
+        np.maximum(left_2P[1], right_2P[0], out=left_2P[1])  # where one cell holds both cuts, nothing of the stream is between them
+        return _parts(starts, ends, left_2P, right_2P, (begins.reshape(4, -1), lengths_4P, ids))
 
     def _places(self, text: Measured, starts: np.ndarray, ends: np.ndarray, draws_P2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Two places a piece, in order: the token that each falls in (or the piece's end), and before which byte of it."""
@@ -267,20 +267,3 @@ class CharCutter(Cutter):
         while right < end and not edges[tokens[right - 1]] >> 8 & edges[tokens[right]]:
             right += 1
         return left, right
-
-
-def _slices(left_2P: np.ndarray, at_2P: np.ndarray, byte_2P: np.ndarray, right_2P: np.ndarray) -> Slices:
-    """What is encoded anew, 4 slices a piece: left and right of the first cut and of the second, up to the edges of their cells.
-
-    Where one cell holds both cuts (cells are the same or apart), the second slice ends at the second cut and the third is empty; and, in
-    place, the second cell is made to begin where the first one ends.
-    """
-    first, last, skip, stop = np.zeros((4, 4, at_2P.shape[1]), np.int64)
-    first[0::2], first[1::2] = left_2P, at_2P
-    last[0::2], last[1::2] = at_2P, right_2P
-    stop[0::2], skip[1::2] = byte_2P, byte_2P
-    both = np.flatnonzero(left_2P[1] < right_2P[0])
-    last[1, both] = first[2, both] = at_2P[1, both]
-    stop[1, both] = skip[2, both] = byte_2P[1, both]
-    left_2P[1, both] = right_2P[0, both]
-    return Slices(first.reshape(-1), skip.reshape(-1), last.reshape(-1), stop.reshape(-1))

@@ -146,8 +146,8 @@ class FIM(Objective):
         draws_P4 = rng.uniform_at(pieces.rows[:, None], 4 * pieces.numbers[:, None] + np.arange(4))
         draws_P4[:, 0] = draws_P4[:, 0] >= self._rate.at(rng)[pieces.rows]  # decided once: 0 transform, 1 leave
         tokens = tokens_BR.reshape(-1)
-        pieces, plan = self._fit(self.cutter.measure(tokens), pieces, draws_P4, sequence_length)
-        return self._assemble(tokens, pieces, plan, len(tokens_BR), sequence_length)
+        fitted = self._fit(self.cutter.measure(tokens), pieces, draws_P4, sequence_length)
+        return self._assemble(tokens, *fitted, len(tokens_BR), sequence_length)
 
     def counters(self) -> dict[str, int]:
         return self.cutter.counters()
@@ -202,11 +202,16 @@ class FIM(Objective):
         tail[padding:] = self._sentinels
         return np.concatenate([tokens, extra.astype(tokens.dtype), tail])
 
-    def _fit(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan]:
-        """Pieces that fill at most `room` positions a row: the last one covers less text, before it is cut, until it fits."""
+    def _fit(self, text: Measured, pieces: _Pieces, draws_P4: np.ndarray, room: int) -> tuple[_Pieces, _Plan, np.ndarray, np.ndarray]:
+        """Pieces that fill at most `room` positions a row, where they begin in it, and how many they fill.
+
+        The last one covers less text, before it is cut, until it fits.
+        What re-tokenising adds beyond the room kept for it comes off the far end of the suffix; only where that is shorter is a piece cut
+        anew.
+        """
         spare = min(self.cutter.spare, room // 16)
         reserved = (OVERHEAD + spare) * ((draws_P4[:, 0] == 0) & (pieces.ends > pieces.bodies))
-        sizes_P = pieces.ends - pieces.starts + reserved  # mostly enough: few pieces are cut twice
+        sizes_P = pieces.ends - pieces.starts + reserved
         offsets_P = pieces.offsets(sizes_P)
         kept = np.flatnonzero(offsets_P < room)
         if len(kept) < len(offsets_P):
@@ -220,10 +225,22 @@ class FIM(Objective):
             if len(kept) < len(offsets_P):
                 pieces, draws_P4, sizes_P, offsets_P = pieces.take(kept), draws_P4[kept], sizes_P[kept], offsets_P[kept]
                 plan = plan.take(kept)
+            beyond_P = offsets_P + sizes_P - room
+            self._trim(pieces, plan, beyond_P)
+            sizes_P = beyond_P + room - offsets_P
             over = self._shorten(pieces, draws_P4, offsets_P, sizes_P, room, spare)
             if not len(over):
-                return pieces, plan
+                return pieces, plan, offsets_P, sizes_P
             plan = plan.replace(over, self._plan(text, pieces.take(over), draws_P4[over]), len(text.tokens))
+
+    def _trim(self, pieces: _Pieces, plan: _Plan, beyond_P: np.ndarray) -> None:
+        """Take what is beyond the room off the far end of the text, in place, where so much of the stream stands there."""
+        over = (beyond_P > 0).nonzero()[0]
+        last, beyond = np.where(plan.modes_P[over] > 0, _SUFFIX[-1], _PREFIX[0]), beyond_P[over]
+        beyond *= plan.lengths_KP[last, over] >= beyond
+        plan.lengths_KP[last, over] -= beyond
+        pieces.ends[over] -= beyond
+        beyond_P[over] -= beyond
 
     def _shorten(
         self, pieces: _Pieces, draws_P4: np.ndarray, offsets_P: np.ndarray, sizes_P: np.ndarray, room: int, spare: int
@@ -241,39 +258,48 @@ class FIM(Objective):
             draws_P4[over[plain], 0] = 1.0
         return over
 
-    def _assemble(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, num_rows: int, width: int) -> Examples:
-        sizes_P = plan.lengths_KP[:_AHEAD].sum(axis=0)
-        places_P = pieces.offsets(sizes_P) + pieces.rows * width  # where each piece begins in the output
-        last_P = np.append(pieces.numbers[1:] == 0, True)
-        padding_P = np.where(last_P, (pieces.rows + 1) * width - places_P - sizes_P, 0)
-        ids = self._ids(tokens, pieces, plan, last_P, padding_P, width).reshape(num_rows, width + 1)
+    def _assemble(
+        self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, offsets_P: np.ndarray, sizes_P: np.ndarray, num_rows: int, width: int
+    ) -> Examples:
+        places_P = offsets_P + pieces.rows * width  # where each piece begins in the output
+        last = np.append((pieces.numbers == 0).nonzero()[0][1:], len(sizes_P)) - 1  # of each row
+        padding_P = np.zeros_like(sizes_P)
+        padding_P[last] = width - offsets_P[last] - sizes_P[last]
+        ids = self._ids(tokens, pieces, plan, last, padding_P, width).reshape(num_rows, width + 1)
         tokens_BS, labels_BS = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
-        padded = gather_ranges((places_P + sizes_P)[last_P], padding_P[last_P])
+        padded = gather_ranges(places_P[last] + sizes_P[last], padding_P[last])
         tokens_BS.reshape(-1)[padded] = self.vocabulary.padding
         labels_BS.reshape(-1)[padded] = IGNORE
-        infill_P = np.where(plan.modes_P > 0, plan.lengths_KP[_MIDDLE, :].sum(axis=0) + 1, 0)  # targets of a middle and its END
+        first, second, third = _MIDDLE
+        infill_P = plan.lengths_KP[first] + plan.lengths_KP[second] + plan.lengths_KP[third] + 1  # targets of a middle and its END
+        infill_P *= plan.modes_P > 0
         self._drop_labels(labels_BS.reshape(-1), pieces, plan.modes_P, places_P, sizes_P, infill_P)
         # runs of a piece: other targets, infill targets, END (which has none of its own) and padding
-        ends_P = (infill_P > 0).astype(np.int64)
-        runs_P3 = np.stack([sizes_P - infill_P - ends_P, infill_P, padding_P + ends_P], axis=1)
-        part_BS = np.repeat(np.tile(np.array([0, 1, 0], np.int8), len(sizes_P)), runs_P3.reshape(-1))
-        numbers_P2 = np.stack([pieces.numbers, np.full(len(sizes_P), PADDING)], axis=1).astype(np.int32)
-        segments_BS = np.repeat(numbers_P2.reshape(-1), np.stack([sizes_P, padding_P], axis=1).reshape(-1))
-        return Examples(tokens_BS, labels_BS, segments_BS.reshape(num_rows, width), part_BS=part_BS.reshape(num_rows, width))
+        runs_P3 = np.empty((len(sizes_P), 3), np.int64)
+        runs_P3[:, 1], runs_P3[:, 2] = infill_P, padding_P + (infill_P > 0)
+        runs_P3[:, 0] = sizes_P + padding_P - infill_P - runs_P3[:, 2]
+        parts_P3 = np.zeros(runs_P3.shape, np.int8)
+        parts_P3[:, 1] = 1
+        runs_P2, numbers_P2 = np.empty((len(sizes_P), 2), np.int64), np.empty((len(sizes_P), 2), np.int32)
+        runs_P2[:, 0], runs_P2[:, 1] = sizes_P, padding_P
+        numbers_P2[:, 0], numbers_P2[:, 1] = pieces.numbers, PADDING
+        shape = num_rows, width
+        return Examples(tokens_BS, labels_BS, _runs(numbers_P2, runs_P2).reshape(shape), part_BS=_runs(parts_P3, runs_P3).reshape(shape))
 
-    def _ids(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, last_P: np.ndarray, padding_P: np.ndarray, width: int) -> np.ndarray:
+    def _ids(self, tokens: np.ndarray, pieces: _Pieces, plan: _Plan, last: np.ndarray, padding_P: np.ndarray, width: int) -> np.ndarray:
         """Ids of all rows, each one longer than its positions: where a row ends left to right, the last label is a token of no piece."""
-        ahead_P = last_P & (plan.modes_P == _PLAIN)
-        plan.starts_KP[_AHEAD], plan.lengths_KP[_AHEAD] = pieces.ends, ahead_P
-        plan.starts_KP[_PADDING], plan.lengths_KP[_PADDING] = -OVERHEAD - width - 1, padding_P + last_P - ahead_P
+        ahead = plan.modes_P[last] == _PLAIN
+        plan.starts_KP[_AHEAD, last], plan.lengths_KP[_AHEAD, last] = pieces.ends[last], ahead
+        plan.starts_KP[_PADDING], plan.lengths_KP[_PADDING, last] = -OVERHEAD - width - 1, padding_P[last] + ~ahead
         return self._source(tokens, plan.extra, width + 1).take(gather_ranges(*plan.ranges()))
 
     def _drop_labels(
         self, labels: np.ndarray, pieces: _Pieces, modes_P: np.ndarray, places_P: np.ndarray, sizes_P: np.ndarray, infill_P: np.ndarray
     ) -> None:
         """Drop, in place, the labels that transformed pieces do not train."""
-        which = np.flatnonzero(modes_P)
-        places, ends = places_P[which], (places_P + sizes_P)[which]
+        which = modes_P.nonzero()[0]
+        places = places_P[which]
+        ends = places + sizes_P[which]
         labels[ends - 1] = IGNORE
         if self.config.loss_on is FIMLoss.middle:
             labels[gather_ranges(places, ends - places - 1 - infill_P[which])] = IGNORE
@@ -297,6 +323,11 @@ class FIM(Objective):
             transformed = np.logical_or.reduceat(sentinel.reshape(-1), np.flatnonzero(opening))[np.cumsum(opening) - 1]
             labels_BS[transformed.reshape(infill.shape) & ~infill] = IGNORE
         return Examples(tokens_BS, labels_BS, segments_BS, part_BS=infill.astype(np.int8))
+
+
+def _runs(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Each value as often as its length says."""
+    return values.reshape(-1).repeat(lengths.reshape(-1))
 
 
 def _cutter(cut: FIMCut, vocabulary: Vocabulary) -> Cutter:

@@ -5,6 +5,8 @@ more than one, and the caller does not ask on a machine with a GPU or off Linux.
 answer one on standard output.
 """
 
+import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from heads_lightning.composition.store import prepare_store
 from heads_lightning.composition.validation import available_gpus
 from heads_lightning.sweeps.cell import PROGRAM, end_with_parent, main
 
@@ -96,9 +99,17 @@ def serve() -> None:
         _tell(answers, code=cell.exitcode)
 
 
+USUAL = ("heads_lightning.backbones.transformer", "heads_lightning.losses.chunked", "heads_lightning.sweeps.pruning", "psutil")
+"""Imported on the way to the first steps where a cell needs them, as most do."""
+
+
 def _import_all() -> None:
-    import heads_lightning.run
-    import heads_lightning.sweeps.pruning  # noqa: F401
+    import heads_lightning.run  # noqa: F401
+
+    for name in USUAL:
+        importlib.import_module(name)
+    prepare_store()
+    gc.freeze()  # what is here is never garbage: a cell would look through it, and copy its pages by doing so
 
 
 def _refusal_of_process() -> str:

@@ -30,12 +30,12 @@ class MetricsCallback(Callback):
         flush: called when numbers that somebody may be waiting for were recorded.
         every_steps: optimizer steps between points.
         waited_seconds: total seconds that the loader has kept training waiting so far.
-        tokens_per_step: positions of one optimizer step, over all ranks.
+        tokens_read: positions of the first n optimizer steps, over all ranks.
         counters: what the objective has counted so far.
         warn: told once when it is the loader that training waits for.
         spikes: judges every step.
         flops_per_second: that the devices can do at their peak, for the utilisation; None: unknown.
-        flops_per_step: of the model, forward and backward.
+        flops_per_token: of the model, forward and backward.
     """
 
     WAITS = 0.1
@@ -48,15 +48,15 @@ class MetricsCallback(Callback):
         flush: Callable[[], None] = lambda: None,
         every_steps: int,
         waited_seconds: Callable[[], float],
-        tokens_per_step: int,
+        tokens_read: Callable[[int], int],
         counters: Callable[[], dict[str, int]] = dict,
         warn: Callable[[str], None] = lambda message: None,
         spikes: SpikeWatch | None = None,
         flops_per_second: float | None = None,
-        flops_per_step: float = 0.0,
+        flops_per_token: float = 0.0,
     ) -> None:
         self.spikes = spikes
-        self.flops_per_second, self.flops_per_step = flops_per_second, flops_per_step
+        self.flops_per_second, self.flops_per_token = flops_per_second, flops_per_token
         self.counters = counters
         self.warn = warn
         self._warned = False
@@ -64,7 +64,7 @@ class MetricsCallback(Callback):
         self.flush = flush
         self.every_steps = every_steps
         self.waited_seconds = waited_seconds
-        self.tokens_per_step = tokens_per_step
+        self.tokens_read = tokens_read
         self.latest: dict[str, float] = {}
         self.seconds_in_steps = 0.0
 
@@ -87,7 +87,7 @@ class MetricsCallback(Callback):
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         step = trainer.global_step
         self.latest = self.latest | values
-        self.record(values, step, step * self.tokens_per_step)
+        self.record(values, step, self.tokens_read(step))
         self.flush()
 
     def _is_due(self, trainer: lightning.Trainer, step: int) -> bool:
@@ -106,10 +106,10 @@ class MetricsCallback(Callback):
         step = batch_idx + 1
         if not self._is_due(trainer, step):
             return
-        values = self._values(trainer, pl_module) | self._judge_steps(pl_module, step)
+        values = self._values(trainer, pl_module, step) | self._judge_steps(pl_module, step)
         self._check_loader(values, step)
         self.latest = self.latest | values
-        self.record(values, step, step * self.tokens_per_step)
+        self.record(values, step, self.tokens_read(step))
         pl_module.totals.clear()
         self._restart_clock()
 
@@ -129,11 +129,11 @@ class MetricsCallback(Callback):
         self.spikes.add([StepRecord(*record) for record in records if math.isfinite(record[1])])
         return {"train/spikes": float(len(self.spikes.spikes))}
 
-    def _speed(self, steps: int, seconds: float) -> dict[str, float]:
+    def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
         """Utilisation and memory, where there is a device that knows them."""
         found: dict[str, float] = {}
         if self.flops_per_second is not None:
-            found["speed/mfu"] = steps * self.flops_per_step / max(seconds, 1e-9) / self.flops_per_second
+            found["speed/mfu"] = tokens * self.flops_per_token / max(seconds, 1e-9) / self.flops_per_second
         if torch.cuda.is_initialized():
             found["memory/peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
         return found
@@ -149,26 +149,27 @@ class MetricsCallback(Callback):
                 f"line is faster than syntax"
             )
 
-    def _values(self, trainer: lightning.Trainer, module: LanguageModule) -> dict[str, float]:
+    def _values(self, trainer: lightning.Trainer, module: LanguageModule, step: int) -> dict[str, float]:
         totals = module.totals
         summed = totals.read()
         names = sorted(summed.keys() - {"grad_norm"})
         sums = module.sum_over_data_ranks([float(totals.targets), *(summed[name] for name in names)])
         seconds = time.perf_counter() - self._since
         self.seconds_in_steps += seconds
+        tokens = self.tokens_read(step) - self.tokens_read(step - totals.steps)
         targets, named = max(sums[0], 1.0), dict(zip(names, sums[1:], strict=True))
         values = {f"train/{name}": value / targets for name, value in named.items() if not name.startswith("part_")}
         values |= {f"train/{name}": value for name, value in totals.part_means(named, module.parts).items()}
         return values | {
             "train/grad_norm": summed.get("grad_norm", 0.0) / max(totals.good_steps, 1),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/target_share": targets / max(totals.steps * self.tokens_per_step, 1),
+            "train/target_share": targets / max(tokens, 1),
             "train/bad_steps": float(module.bad_steps),
             "data/padding_share": totals.padding / max(totals.positions, 1),
-            "speed/tokens_per_second": totals.steps * self.tokens_per_step / max(seconds, 1e-9),
+            "speed/tokens_per_second": tokens / max(seconds, 1e-9),
             "speed/data_wait_share": (self.waited_seconds() - self._waited) / max(seconds, 1e-9),
             **({} if module.update_ratio is None else {"train/update_ratio": float(module.update_ratio)}),
-            **self._speed(totals.steps, seconds),
+            **self._speed(tokens, seconds),
             **{f"data/{name}": float(count) for name, count in self.counters().items()},
         }
 

@@ -13,6 +13,7 @@ standard output it tells, one JSON object a line, what the training process shou
 """
 
 import argparse
+import gc
 import io
 import json
 import logging
@@ -155,6 +156,9 @@ class Sender:
                 # from here on training comes first where processors are short; the imports before it would starve at this priority
                 with suppress(OSError, AttributeError):
                     os.nice(10)
+                # a third of a value's cost was looking for garbage among what was imported, and after every few rows of a batch
+                gc.freeze()
+                gc.set_threshold(50_000)
             self._tell("attached", run_id=self.run.run_id, experiment_id=self.run.experiment_id)
 
     def _warn(self, reason: str) -> None:
@@ -178,7 +182,9 @@ class Sender:
 
                 assert self._parent is not None
                 self._system = SystemMetrics(self._parent, self.run.run_dir)
-                return  # rates need an interval: the first sample comes with the next round
+                if not last:
+                    return  # rates need an interval: the first sample comes with the next round
+                time.sleep(0.1)  # a run that ended before this process was there has no next round
             values = self._system.sample()
             self._system_lines.append(point_record(Point(step=self.run.last_step, tokens=None, time=time.time(), values=values)))
             self._system_lines = None if last else self._system_lines

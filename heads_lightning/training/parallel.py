@@ -74,12 +74,10 @@ class ShardedStrategy(ModelParallelStrategy):
         assert self.mesh is not None
         module.to(self.root_device)
         if self.config.tensor_ranks > 1:
-            from heads_lightning.training.tensor_parallel import parallelize_backbone, parallelize_head, settle_gradients
+            from heads_lightning.training.tensor_parallel import parallelize_backbone, parallelize_head
 
             parallelize_backbone(backbone, self.mesh[TENSOR])
             parallelize_head(head, self.mesh[TENSOR])
-            if self.config.parallel == Parallel.tensor:  # FSDP2 does it for its own
-                settle_gradients(module)
         if self.config.parallel != Parallel.tensor:
             self._shard(module, backbone.blocks_in_order)
 
@@ -101,6 +99,11 @@ class ShardedStrategy(ModelParallelStrategy):
     def model_to_device(self) -> None:
         if not self.config.offload:  # FSDP2 brings to the device what it needs there
             super().model_to_device()
+        if self.config.parallel == Parallel.tensor:  # FSDP2 does it for its own
+            from heads_lightning.training.tensor_parallel import settle_gradients
+
+            assert self.lightning_module is not None
+            settle_gradients(self.lightning_module)  # now: moving a DTensor to a device, even its own, loses its hooks
 
     # -- checkpoints: whole tensors on the first rank, or (distributed) every rank's own ------------------------------------
 

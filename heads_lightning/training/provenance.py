@@ -97,10 +97,11 @@ def package_versions() -> dict[str, str]:
     """Installed distributions in alphabetical order."""
     found = {}
     for distribution in distributions():
-        try:
-            found.setdefault(distribution.metadata["Name"].lower(), distribution.version)
-        except (KeyError, AttributeError, OSError):  # half-removed packages leave folders without metadata
-            continue
+        # `distribution.metadata` parses long descriptions too: a tenth of a second for all packages, beside the first steps
+        headers = (distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or "").partition("\n\n")[0]
+        facts = dict(line.split(": ", 1) for line in headers.splitlines() if line.startswith(("Name: ", "Version: ")))
+        if len(facts) == 2:  # half-removed packages leave folders without metadata
+            found.setdefault(facts["Name"].lower(), facts["Version"])
     return dict(sorted(found.items()))
 
 

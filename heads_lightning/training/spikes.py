@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from heads_lightning.configs.batch_sizes import BatchSizes
+
 FILE = "spikes.jsonl"
 
 
@@ -50,15 +52,15 @@ class SpikeWatch:
 
     Args:
         run_dir: folder of the run.
-        sequences_per_step: global batch size.
+        sizes: sequences of each step.
         say: told about each.
     """
 
     WINDOW, ENOUGH, DEVIATIONS, LEAST, APART = 100, 20, 10.0, 0.05, 10
 
-    def __init__(self, run_dir: Path, sequences_per_step: int, say: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, sizes: BatchSizes, say: Callable[[str], None]) -> None:
         self.run_dir = run_dir
-        self.sequences_per_step = sequences_per_step
+        self.sizes = sizes
         self.say = say
         self.spikes: list[Spike] = []
         self._window: deque[StepRecord] = deque(maxlen=self.WINDOW)
@@ -81,6 +83,6 @@ class SpikeWatch:
         spread = statistics.median(abs(loss - usual) for loss in losses)
         if record.loss - usual <= max(self.DEVIATIONS * spread, self.LEAST * abs(usual)):
             return None
-        first = (record.step - 1) * self.sequences_per_step
         norm = statistics.median(before.grad_norm for before in self._window)
-        return Spike(record.step, record.loss, usual, record.grad_norm, norm, first, first + self.sequences_per_step - 1)
+        first, after = self.sizes.sequences(record.step - 1), self.sizes.sequences(record.step)
+        return Spike(record.step, record.loss, usual, record.grad_norm, norm, first, after - 1)

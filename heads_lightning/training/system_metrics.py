@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from heads_lightning.configs.devices import peak_tflops
+
 MEGABYTE = 1e6
 
 
@@ -50,10 +52,6 @@ class SystemMetrics:
         except self._psutil.Error:  # gone between two looks
             return {}
         return {"system/process_memory_megabytes": rss / MEGABYTE, "system/process_cpu_percentage": cpu}
-
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-"""Dense bf16 operations per second of a GPU by a part of its name (vendor's data sheets, SXM where there are several)."""
 
 
 def gpu_reader() -> Callable[[], dict[str, float]]:
@@ -131,6 +129,5 @@ def peak_flops(devices: int) -> float | None:
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name(0)
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-    return None if peak is None else devices * peak
+    peak = peak_tflops(torch.cuda.get_device_name(0))
+    return None if peak is None else devices * peak * 1e12
