@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from heads_lightning.backbones import ssm
+from heads_lightning.backbones import fourier, ssm
 from heads_lightning.backbones.bigs import BiGS
 from heads_lightning.backbones.ssm import S4D
 from heads_lightning.batch import PADDING, Attention
@@ -215,7 +215,7 @@ def test_blocks_of_transforms_are_those_made_at_once(monkeypatch: pytest.MonkeyP
     generator, found = torch.Generator().manual_seed(0), []
     u, kernel, upstream = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 9, 6), (9,), (5, 9, 6)))
     for at_once in (100, transforms):
-        monkeypatch.setattr(ssm, "CACHED_BYTES", at_once * ssm.fast_size(18) * 16)
+        monkeypatch.setattr(fourier, "CACHED_BYTES", at_once * fourier.fast_size(18) * 16)
         given = u.clone().requires_grad_(), kernel.clone().requires_grad_()
         y = ssm.fft_convolution(*given, False)
         found.append((y, *torch.autograd.grad(y, given, upstream)))
