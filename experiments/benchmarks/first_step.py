@@ -52,7 +52,7 @@ def main(rounds: int) -> None:
         folder = Path(name)
         prepare = [sys.executable, "-m", "heads_lightning", "prepare", *OVERRIDES, f"data.cache_dir={folder}/data"]
         subprocess.run(prepare, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        seconds_of_imports(environment), seconds_to_first_step(folder, environment)  # the first fills the cache
+        seconds_to_first_step(folder, environment)  # the first fills the cache
         pairs = [(seconds_of_imports(environment), seconds_to_first_step(folder, environment)) for _ in range(rounds)]
     imports, steps = zip(*pairs, strict=True)
     ratio = statistics.median(step / base for base, step in pairs)

@@ -90,7 +90,11 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
         with (folder / "progress.txt").open("w") as sink:
             progress = ProgressCallback(metrics, Console(file=sink, force_terminal=True))
             trainer = build_trainer(
-                config.trainer, precision=config.trainer.precision, callbacks=[metrics, progress, Ticks()], logger=RunLogger(log)
+                config.trainer,
+                precision=config.trainer.precision,
+                total_steps=config.trainer.steps(config.data.sequence_length),
+                callbacks=[metrics, progress, Ticks()],
+                logger=RunLogger(log),
             )
             trainer.fit(parts.module, datamodule=parts.datamodule)
     return clock.seconds_per_step()
