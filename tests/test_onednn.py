@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from rich.console import Console
 from torch import Tensor, nn
 
 from heads_lightning import onednn
 from heads_lightning.composition import compose
+from heads_lightning.composition.resume import resumed_config
 from heads_lightning.configs.trainer import LinearKernel, TrainerConfig
 from heads_lightning.experiment import build
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
 from heads_lightning.training.agreement import settled
 from heads_lightning.training.run_folder import read_metrics
-from heads_lightning.training.trainer import resolve_linear_kernel
 
 pytestmark = pytest.mark.skipif(not onednn.is_right(), reason="PyTorch has no such product here")
 DIGITS = 2e-6
@@ -251,21 +252,17 @@ def test_every_linear_layer_of_a_run_takes_part(tiny: list[str]) -> None:
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_auto_is_settled_once_said_and_kept(
-    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, faster: bool
-) -> None:
+def test_auto_is_settled_once_said_and_kept(tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
     monkeypatch.setattr(onednn, "is_faster", lambda: faster)
-    kernel = "onednn" if faster else "torch"
-    with caplog.at_level(logging.INFO):
-        train(compose([*tiny, "trainer.max_steps=1"]), tmp_path)
-    said = [r.getMessage() for r in caplog.records if "linear_kernel" in r.getMessage()]
-    assert len(said) == 1
-    assert said[0].startswith(f"trainer.linear_kernel=auto takes {kernel}: an fp32 product by oneDNN took ")
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert config["trainer"]["linear_kernel"] == kernel
-    # what a resumed run reads: the answer, whatever would be measured now
+    kernel, said = LinearKernel.onednn if faster else LinearKernel.torch, io.StringIO()
+    train(compose([*tiny, "trainer.max_steps=1"]), tmp_path, console=Console(file=said))
+    assert ("linear layers by oneDNN" in " ".join(said.getvalue().split())) == faster
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["linear_kernel"] == kernel
+    # a resumed run takes the answer, whatever would be measured now; one that goes on in another way asks again
     monkeypatch.setattr(onednn, "is_faster", lambda: not faster)
-    assert settled(TrainerConfig(max_steps=1, precision="32-true", linear_kernel=LinearKernel(kernel))).linear_kernel == kernel
+    assert settled(resumed_config(tmp_path, "it", ["trainer.max_steps=2"]).trainer).linear_kernel == kernel
+    elsewhere = resumed_config(tmp_path, "it", ["trainer.parallel=tensor", "trainer.devices=2"])
+    assert settled(elsewhere.trainer).linear_kernel == LinearKernel.torch
 
 
 def test_ranks_take_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +272,7 @@ def test_ranks_take_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(onednn, "is_faster", lambda: False)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert settled(trainer).linear_kernel == LinearKernel.onednn
+    assert settled(replace(trainer, compile=True)).linear_kernel == LinearKernel.torch  # the measurement is handed down, not the choice
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert settled(trainer).linear_kernel == LinearKernel.torch
 
@@ -292,7 +290,7 @@ def test_ranks_take_what_the_first_one_measured(monkeypatch: pytest.MonkeyPatch)
 def test_elsewhere_auto_is_torch_s_and_onednn_is_refused(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
     monkeypatch.setattr(onednn, "is_faster", lambda: True)
     given = {"max_steps": 1, "precision": "32-true", "accelerator": "cpu"} | fields
-    assert resolve_linear_kernel(TrainerConfig(**given)) == LinearKernel.torch
+    assert settled(TrainerConfig(**given)).linear_kernel == LinearKernel.torch
     field, value = next(iter(fields.items()))
     with pytest.raises(
         ConfigError, match=f"linear_kernel=onednn has no part in trainer.{field}={value}; use trainer.linear_kernel=torch, or"

@@ -18,6 +18,9 @@ CONFIG_FILE = "config.yaml"
 FREE = {"backbone": ("dropout",), "head": ("loss_implementation", "z_loss_multiplier", "label_smoothing"), "tokenizer": ()}
 """Fields of the parts whose weights or ids are saved that may change under a trained model; no other one may."""
 
+MEASURED_FOR = ("trainer.precision", "trainer.accelerator", "trainer.compile", "trainer.parallel")
+"""Fields that decide whether trainer.linear_kernel has a choice: the saved answer holds while they stay."""
+
 
 def _check_field(reference: str, key: str, kept: Any, given: Any) -> None:
     """Refuse another value of what the weights were trained with."""
@@ -37,8 +40,10 @@ def resumed_config(run_dir: Path, reference: str, overrides: Sequence[str]) -> E
         raise ConfigError(f"resume={reference}: {run_dir} holds no {CONFIG_FILE}, so it is not a run folder")
     parts = plain(from_yaml(saved))
     tree: Any = OmegaConf.create(parts)
-    for override in parse(list(overrides)):
-        key = override.get_key_element()
+    given = {override.get_key_element(): override for override in parse(list(overrides))}
+    if given.keys() & set(MEASURED_FOR):
+        tree.trainer.linear_kernel = "auto"
+    for key, override in given.items():
         if key == "resume" or key.startswith("hydra"):
             continue
         if key in Registry.groups or key == "experiment":

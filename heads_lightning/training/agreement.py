@@ -5,6 +5,7 @@ sweep, or where a default depends on the clock or on the machine. So the resolve
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +19,11 @@ from typing_extensions import override
 
 from heads_lightning.configs.trainer import LinearKernel, TrainerConfig
 from heads_lightning.registry import RunError
-from heads_lightning.training.trainer import check_linear_kernel, resolve_linear_kernel, resolve_precision
+from heads_lightning.training.trainer import check_linear_kernel, faster_linear_kernel, resolve_precision, why_not_onednn
 
 MEASURED = "HEADS_LIGHTNING_{}"
 """Environment variables that hand what the first rank measured for `trainer.FIELD=auto` down to the ranks that Lightning starts from it."""
+log = logging.getLogger(__name__)
 
 
 def settled(trainer: TrainerConfig) -> TrainerConfig:
@@ -34,8 +36,10 @@ def settled(trainer: TrainerConfig) -> TrainerConfig:
     if trainer.precision == "auto":
         trainer = replace(trainer, precision=_measured("PRECISION", lambda: resolve_precision("auto", trainer.accelerator)))
     if trainer.linear_kernel == LinearKernel.auto:
-        kernel = _measured("LINEAR_KERNEL", lambda: resolve_linear_kernel(trainer).value)
-        trainer = replace(trainer, linear_kernel=LinearKernel(kernel))
+        reason = why_not_onednn(trainer)
+        kernel = LinearKernel.torch if reason else LinearKernel(_measured("LINEAR_KERNEL", faster_linear_kernel))
+        log.debug("trainer.linear_kernel=auto takes %s: %s", kernel, reason or "an fp32 product by each was timed")
+        trainer = replace(trainer, linear_kernel=kernel)
     check_linear_kernel(trainer)
     return trainer
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -15,8 +14,6 @@ from heads_lightning import onednn
 from heads_lightning.configs.trainer import LinearKernel, Parallel, TrainerConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.training.checkpoints import AtomicCheckpointIO
-
-log = logging.getLogger(__name__)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
@@ -35,19 +32,12 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if rough * 1.3 < exact else "32-true"
 
 
-def resolve_linear_kernel(trainer: TrainerConfig) -> LinearKernel:
-    """`auto` as what multiplies fp32 faster on this machine. The log says which and why.
+def why_not_onednn(trainer: TrainerConfig) -> str | None:
+    """What keeps linear layers from oneDNN whatever it takes on this machine, or None.
 
     Args:
         trainer: with a concrete precision.
     """
-    kernel, why = _choose_linear_kernel(trainer)
-    log.info("trainer.linear_kernel=auto takes %s: %s", kernel, why)
-    return kernel
-
-
-def _choose_linear_kernel(trainer: TrainerConfig) -> tuple[LinearKernel, str]:
-    """(kernel, reason)."""
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     reasons = {
         f"oneDNN is faster in fp32 alone, and trainer.precision={trainer.precision}": trainer.precision != "32-true",
@@ -55,12 +45,12 @@ def _choose_linear_kernel(trainer: TrainerConfig) -> tuple[LinearKernel, str]:
         "trainer.compile=true makes its own": trainer.compile,
         f"trainer.parallel={trainer.parallel} shares out every matrix": trainer.tensor_ranks > 1,
     }
-    if reason := next((reason for reason, applies in reasons.items() if applies), None):
-        return LinearKernel.torch, reason
-    if not onednn.is_right():
-        return LinearKernel.torch, "PyTorch has no product of oneDNN here that is right"
-    kernel = LinearKernel.onednn if onednn.is_faster() else LinearKernel.torch
-    return kernel, f"an fp32 product by oneDNN took {onednn.share_of_torch():.2f} of torch's time on this processor"
+    return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def faster_linear_kernel() -> LinearKernel:
+    """What multiplies fp32 faster on this machine's processor."""
+    return LinearKernel.onednn if onednn.is_faster() else LinearKernel.torch
 
 
 def check_linear_kernel(trainer: TrainerConfig) -> None:
