@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,24 +34,33 @@ LAYOUTS = {
 }
 
 
+APART = "two runs at once"
+"""Two processes that share nothing but the machine: what two of its processors have together, the limit of any layout of two."""
+
+
+def speeds(run_dir: Path, processes: int, fields: list[str]) -> list[float]:
+    """Positions a second of a run, point by point but for the first, which waits for everything."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    where = [f"trainer.devices={processes}", f"hydra.run.dir={run_dir}", f"run_root={run_dir.parent}"]
+    subprocess.run([*torchrun, "-m", "heads_lightning", "train", *EXPERIMENT, *fields, *where], check=True, capture_output=True)
+    found = [point.values.get("speed/tokens_per_second") for point in read_metrics(run_dir)]
+    return [speed for speed in found if speed is not None][1:]
+
+
 def measure(turns: str = "3") -> None:
     """Positions a second of the same global batch on one process and on two; the layouts take turns."""
-    found: dict[str, list[float]] = {name: [] for name in LAYOUTS}
-    with tempfile.TemporaryDirectory() as folder:
+    found: dict[str, list[float]] = {name: [] for name in (*LAYOUTS, APART)}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         for turn in range(int(turns)):
-            for name, (processes, fields) in LAYOUTS.items():
-                run_dir = Path(folder) / f"{turn} {name}".replace(" ", "_").replace(",", "")
-                torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-                where = [f"trainer.devices={processes}", f"hydra.run.dir={run_dir}", f"run_root={folder}"]
-                command = [*torchrun, "-m", "heads_lightning", "train", *EXPERIMENT, *fields, *where]
-                subprocess.run(command, check=True, capture_output=True)
-                speeds = [point.values.get("speed/tokens_per_second") for point in read_metrics(run_dir)]
-                found[name] += [speed for speed in speeds if speed is not None][1:]  # the first point waits for everything
-    one = statistics.median(found["one process"])
-    print("| layout | positions/s | over one process | efficiency |\n|---|---|---|---|")
-    for name, (processes, _) in LAYOUTS.items():
-        speed = statistics.median(found[name])
-        print(f"| {name} | {speed:,.0f} | {speed / one:.2f} | {speed / one / processes:.0%} |")
+            for number, (name, (processes, fields)) in enumerate(LAYOUTS.items()):
+                found[name] += speeds(Path(folder) / f"{turn}-{number}", processes, fields)
+            apart = pool.map(lambda side, turn=turn: speeds(Path(folder) / f"{turn}-{side}", 1, []), ("left", "right"))
+            found[APART] += map(sum, zip(*apart, strict=True))
+    one, most = statistics.median(found["one process"]), statistics.median(found[APART])
+    print("| layout | positions/s | over one process | of two runs at once |\n|---|---|---|---|")
+    for name, points in found.items():
+        speed = statistics.median(points)
+        print(f"| {name} | {speed:,.0f} | {speed / one:.2f} | {'' if name == 'one process' else f'{speed / most:.0%}'} |")
 
 
 class Model(NamedTuple):
