@@ -197,6 +197,8 @@ def test_a_mistake_in_what_the_plan_assumes_is_one_line(words: list[str], messag
 def test_devices_are_known_by_the_longest_part_of_their_names() -> None:
     names = ["NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA L40S", "NVIDIA L4", "NVIDIA A100-SXM4-80GB", "NVIDIA GB200", "Something"]
     assert [peak_tflops(name) for name in names] == [989, 756, 362, 121, 312, 2500, None]
+    others = ["NVIDIA RTX A4000", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"]
+    assert [peak_tflops(name) for name in others] == [None] * 3
 
 
 def test_the_plan_of_activations_is_what_autograd_keeps(overrides: list[str]) -> None:
