@@ -201,6 +201,7 @@ def test_the_hash_ignores_where_a_run_lives_and_nothing_else():
     assert config_hash(replace(config, run_root="x", name="y", resume="z")) == config_hash(config)
     assert config_hash(compose(["run_root=elsewhere"])) == config_hash(config)
     assert config_hash(compose(["seed=1"])) != config_hash(config)
+    assert config_hash(compose(["trainer.linear_kernel=torch"])) != config_hash(config)  # two cells of a sweep over it are two
     assert config_hash(compose(["objective.rate=0.4"])) != config_hash(config)
 
 

@@ -19,10 +19,7 @@ from heads_lightning.registry import ConfigError, Registry, nearest
 
 S = TypeVar("S")
 
-RUN_ONLY = (
-    *("run_root", "name", "resume", "data.cache_dir", "data.prepare_processes", "trainer.progress_bar", "trainer.linear_kernel"),
-    "tracking",
-)
+RUN_ONLY = ("run_root", "name", "resume", "data.cache_dir", "data.prepare_processes", "trainer.progress_bar", "tracking")
 """Fields and sections that change where and how a run shows itself, not what it computes: left out of `config_hash`."""
 NOT_SAVED = ("sweep",)
 """Sections of the command that started a run, not of the run."""
