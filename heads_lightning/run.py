@@ -91,8 +91,8 @@ def train(
         raise ConfigError(problems[0])
     if _is_served(config):
         check_servable(config.objective)
+    config = replace(config, trainer=settled(config.trainer))  # so that the saved config says what depends on the machine
     run_dir.mkdir(parents=True, exist_ok=True)
-    config = _settle(config)
     text = to_yaml(config)
     with open_run(
         config.tracking,
@@ -108,11 +108,6 @@ def train(
             experiment = build(config, progress=progress)
         log.log_datasets(list(datasets_of(experiment.prepared, config.data)))
         return _fit(experiment, run_dir, log, console, text, callbacks)
-
-
-def _settle(config: ExperimentConfig) -> ExperimentConfig:
-    """Replace what depends on the machine by what it means here, so that the saved config says it."""
-    return replace(config, trainer=settled(config.trainer))
 
 
 def _fit(
