@@ -90,7 +90,7 @@ def infill(
     generator: torch.Generator | None = None,
     forbidden_ids: Sequence[int] = (),
 ) -> list[list[int]]:
-    """The middle that fits each infilling prompt (`objectives.fim.fim_prompt`), up to the end-of-middle token `fim_end`."""
+    """The middle that fits each infilling prompt (`objectives.fim_layout.fim_prompt`), up to the end-of-middle token `fim_end`."""
     return generate(
         backbone,
         head,

@@ -18,7 +18,7 @@ from heads_lightning.configs.tokenizer import ByteConfig, HuggingFaceTokenizerCo
 from heads_lightning.data.tokenizer import Tokenizer, saved_fingerprint
 from heads_lightning.new_tokens import fill_new_rows, initialise_new_tokens
 from heads_lightning.objectives.base import SampleRandom
-from heads_lightning.objectives.fim import fim_prompt, invert
+from heads_lightning.objectives.fim_layout import fim_prompt, invert
 from heads_lightning.registry import ConfigError
 
 TEXT = "def add(a, b):\n    return a + b  # naïve\n"

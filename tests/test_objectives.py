@@ -25,7 +25,8 @@ from heads_lightning.configs.objective import (
 )
 from heads_lightning.objectives.base import SampleRandom, document_segments
 from heads_lightning.objectives.causal import Causal
-from heads_lightning.objectives.fim import fim_prompt, invert, split_pieces
+from heads_lightning.objectives.fim import split_pieces
+from heads_lightning.objectives.fim_layout import fim_prompt, invert
 from heads_lightning.objectives.multi_token import MultiToken
 from heads_lightning.registry import ConfigError
 

@@ -35,7 +35,7 @@ from heads_lightning.evaluation.span_filling import fills_spans
 from heads_lightning.experiment import TrainedModel
 from heads_lightning.generation import generate
 from heads_lightning.objectives.base import document_segments
-from heads_lightning.objectives.fim import fim_prompt
+from heads_lightning.objectives.fim_layout import fim_prompt
 from heads_lightning.registry import ConfigError
 
 

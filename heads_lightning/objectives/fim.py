@@ -35,9 +35,9 @@ from heads_lightning.objectives.base import (
     counting,
     document_segments,
     gather_ranges,
-    require_roles,
 )
 from heads_lightning.objectives.cuts import CharCutter, Cutter, Measured, TokenCutter
+from heads_lightning.objectives.fim_layout import fim_sentinels
 from heads_lightning.registry import ConfigError
 
 _PLAIN, _PSM, _SPM1, _SPM2, _SUFFIX_FIRST = range(5)
@@ -225,22 +225,21 @@ class FIM(Objective):
             if len(kept) < len(offsets_P):
                 pieces, draws_P4, sizes_P, offsets_P = pieces.take(kept), draws_P4[kept], sizes_P[kept], offsets_P[kept]
                 plan = plan.take(kept)
-            beyond_P = offsets_P + sizes_P - room
-            self._trim(pieces, plan, beyond_P)
-            sizes_P = beyond_P + room - offsets_P
+            sizes_P -= self._trim(pieces, plan, offsets_P + sizes_P - room)
             over = self._shorten(pieces, draws_P4, offsets_P, sizes_P, room, spare)
             if not len(over):
                 return pieces, plan, offsets_P, sizes_P
             plan = plan.replace(over, self._plan(text, pieces.take(over), draws_P4[over]), len(text.tokens))
 
-    def _trim(self, pieces: _Pieces, plan: _Plan, beyond_P: np.ndarray) -> None:
-        """Take what is beyond the room off the far end of the text, in place, where so much of the stream stands there."""
-        over = (beyond_P > 0).nonzero()[0]
-        last, beyond = np.where(plan.modes_P[over] > 0, _SUFFIX[-1], _PREFIX[0]), beyond_P[over]
-        beyond *= plan.lengths_KP[last, over] >= beyond
-        plan.lengths_KP[last, over] -= beyond
-        pieces.ends[over] -= beyond
-        beyond_P[over] -= beyond
+    def _trim(self, pieces: _Pieces, plan: _Plan, beyond_P: np.ndarray) -> np.ndarray:
+        """Take what is beyond the room off the far end of the text, in place, where that much of the stream stands there: int64 [P]."""
+        taken_P = np.maximum(beyond_P, 0)
+        over = taken_P.nonzero()[0]
+        last = np.where(plan.modes_P[over] > 0, _SUFFIX[-1], _PREFIX[0])
+        taken_P[over] *= plan.lengths_KP[last, over] >= taken_P[over]
+        plan.lengths_KP[last, over] -= taken_P[over]
+        pieces.ends[over] -= taken_P[over]
+        return taken_P
 
     def _shorten(
         self, pieces: _Pieces, draws_P4: np.ndarray, offsets_P: np.ndarray, sizes_P: np.ndarray, room: int, spare: int
@@ -336,15 +335,6 @@ def _cutter(cut: FIMCut, vocabulary: Vocabulary) -> Cutter:
     return CharCutter(vocabulary, lines=cut in (FIMCut.line, FIMCut.syntax), nodes=cut is FIMCut.syntax)
 
 
-def fim_sentinels(vocabulary: Vocabulary, spm: SPMLayout) -> tuple[int, int, int, int]:
-    """PRE, SUF, MID, END; where the layout has no MID, SUF stands for it and is not used."""
-    if spm == SPMLayout.suffix_first and vocabulary.fim_middle is None:
-        pre, suf, end = require_roles(vocabulary, ("fim_prefix", "fim_suffix", "fim_end"), "fim")
-        return pre, suf, suf, end
-    pre, suf, mid, end = require_roles(vocabulary, FIMConfig.special_tokens, "fim")
-    return pre, suf, mid, end
-
-
 _CHUNK = 1 << 20
 """Tokens of the stream that are rewritten at once."""
 
@@ -362,62 +352,3 @@ def split_pieces(tokens_BR: np.ndarray, end_of_document: int) -> _Pieces:
     np.minimum(ends, rows * width + (width - 1), out=ends)
     bodies = starts + (tokens_BR.reshape(-1)[starts] == end_of_document)
     return _Pieces(rows, numbers, starts, bodies, ends, ends.copy())
-
-
-def fim_prompt(
-    prefix_ids: np.ndarray,
-    suffix_ids: np.ndarray,
-    vocabulary: Vocabulary,
-    layout: str = "psm",
-    spm_variant: SPMLayout = SPMLayout.variant2,
-    document_start: bool = True,
-    mode: int | None = None,
-) -> np.ndarray:
-    """int64 ids after which the middle follows, laid out as in training.
-
-    Args:
-        prefix_ids, suffix_ids: int, each tokenised as a text that stands alone.
-        layout: `psm` or `spm`.
-        spm_variant: which of the layouts called SPM.
-        document_start: whether the prefix begins at the document's beginning (then a marker stands in front).
-        mode: the mode token that pieces of this kind opened with in a mixture.
-    """
-    pre, suf, mid, _ = ([token] for token in fim_sentinels(vocabulary, spm_variant))
-    opening = [mode] if mode is not None else [vocabulary.end_of_document] * document_start
-    if layout not in ("psm", "spm"):
-        raise ConfigError(f"layout={layout} of an infilling prompt does not exist; it is psm or spm")
-    if layout == "psm":
-        parts = [pre, prefix_ids, suf, suffix_ids, mid]
-    elif spm_variant == SPMLayout.variant1:
-        parts = [suf, suffix_ids, pre, prefix_ids, mid]
-    elif spm_variant == SPMLayout.suffix_first:
-        parts = [suf, suffix_ids, pre, prefix_ids]
-    else:
-        parts = [pre, suf, suffix_ids, mid, prefix_ids]
-    return np.concatenate([opening, *parts]).astype(np.int64)
-
-
-def invert(ids: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-    """The ids of a piece in the order of the source: prefix, middle, suffix; sentinels and end marker dropped, its opening marker kept.
-
-    A piece that is not transformed comes back as it is. The bytes are those of the source; ids around the cuts may differ.
-    """
-    ids = np.asarray(ids)
-    body = int(len(ids) > 0 and ids[0] == vocabulary.end_of_document)  # which may be the end of a middle, too
-    where = {
-        role: body + np.flatnonzero(ids[body:] == getattr(vocabulary, f"fim_{role}")) for role in ("prefix", "suffix", "middle", "end")
-    }
-    if not len(where["prefix"]):
-        return ids
-    suffix_first = not len(where["middle"]) and len(where["suffix"]) == 1 and where["suffix"][0] < where["prefix"][0]
-    if suffix_first:
-        where["middle"] = where["suffix"]  # is not there
-    if any(len(found) != 1 for found in where.values()) or where["end"][0] != len(ids) - 1:
-        places = {role: found.tolist() for role, found in where.items()}
-        raise ValueError(f"not one whole infilling piece: sentinels at {places}")
-    pre, suf, mid, end = (int(found[0]) for found in where.values())
-    if suffix_first:
-        return np.concatenate([ids[:body], ids[pre + 1 : end], ids[suf + 1 : pre]])
-    if pre < suf:  # PSM, and SPM variant 2: that is PSM with nothing between PRE and SUF, and prefix and middle in one
-        return np.concatenate([ids[:body], ids[pre + 1 : suf], ids[mid + 1 : end], ids[suf + 1 : mid]])
-    return np.concatenate([ids[:body], ids[pre + 1 : mid], ids[mid + 1 : end], ids[suf + 1 : pre]])
