@@ -405,6 +405,10 @@ def test_auto_says_what_it_takes(caplog: pytest.LogCaptureFixture) -> None:
     from heads_lightning.losses import auto
 
     auto._report.cache_clear()
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
+    with caplog.at_level(logging.INFO), torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, implementation="auto")
+    assert not caplog.records  # of training alone
     with caplog.at_level(logging.INFO):
         run("auto", make_case())
         run("auto", make_case(n=400, v=4000, masked=0.0))
