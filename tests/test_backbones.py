@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones import layers
 from heads_lightning.backbones.base import Backbone
-from heads_lightning.backbones.gelu import gelu_tanh
+from heads_lightning.backbones.gelu import gelu_tanh, gelu_tanh_product
 from heads_lightning.batch import PADDING, Attention
 from heads_lightning.configs.backbone import backbones
 from heads_lightning.configs.base import NormType
@@ -644,3 +644,26 @@ def test_gelu_by_a_sigmoid_is_gelu() -> None:
     for exact, theirs, ours in zip(*found, strict=True):
         scale = exact.abs().clamp(min=1)
         assert ((ours - exact).abs() / scale).max() <= ((theirs - exact).abs() / scale).max() + 1e-6
+
+
+def test_the_first_derivative_of_gelu_is_as_exact_as_torchs() -> None:
+    """Without create_graph, where it is ours; and the product of two, in blocks of which the last is smaller."""
+    generator, theirs = torch.Generator().manual_seed(0), partial(F.gelu, approximate="tanh")
+    a, b, upstream = (4 * torch.randn(3, 100_001, generator=generator) for _ in range(3))
+    found = []
+    for gelu, product, kind in (
+        (theirs, lambda x, y: theirs(x) * theirs(y), torch.float64),
+        (theirs, lambda x, y: theirs(x) * theirs(y), torch.float32),
+        (gelu_tanh, gelu_tanh_product, torch.float32),
+    ):
+        given = [x.to(kind).requires_grad_() for x in (a, b)]
+        both, (alone,) = product(*given), torch.autograd.grad(gelu(given[0]), given[0], upstream.to(kind))
+        found.append((both, alone, *torch.autograd.grad(both, given, upstream.to(kind))))
+    for exact, torchs, ours in zip(*found, strict=True):
+        assert (ours - exact).norm() <= 2 * (torchs - exact).norm()
+    with torch.no_grad():
+        assert torch.equal(gelu_tanh_product(a, b), gelu_tanh(a) * gelu_tanh(b))
+    x = a[:, :5].clone().requires_grad_()
+    (first,) = torch.autograd.grad(gelu_tanh_product(x, x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # refused, not wrong
+        torch.autograd.grad(first.sum(), x)

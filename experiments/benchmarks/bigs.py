@@ -6,7 +6,7 @@
 
 Variants alternate in one process; a ratio is the median over neighbouring rounds. Options: --threads N, --rounds N, --json FILE.
 The complex formulation is the published one: one complex exponential for each mode and position, and Fourier transforms of twice the
-length of tensors with time last, all under autograd.
+length of tensors with time last, all under autograd; gates by torch's GELU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from heads_lightning import onednn
-from heads_lightning.backbones import ssm
+from heads_lightning.backbones import gelu, ssm
 from heads_lightning.batch import Attention
 from heads_lightning.configs.bigs import BiGSBackboneConfig
 from heads_lightning.configs.head import DefaultLMHeadConfig, LMLossImplementation
@@ -65,8 +65,8 @@ def complex_forward(self: ssm.S4D, u_BSD: Tensor, *, form: Convolution, segments
 
 @contextmanager
 def complex_formulation() -> Iterator[None]:
-    """Inside, every state-space model is computed as published."""
-    with mock.patch.object(ssm.S4D, "forward", complex_forward):
+    """Inside, every state-space model is computed as published, and every gate by torch's GELU."""
+    with mock.patch.object(ssm.S4D, "forward", complex_forward), mock.patch.object(gelu, "is_plain", return_value=False):
         yield
 
 

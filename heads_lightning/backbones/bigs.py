@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from heads_lightning.backbones.base import Backbone, Cache
-from heads_lightning.backbones.gelu import gelu_tanh
+from heads_lightning.backbones.gelu import gelu_tanh, gelu_tanh_product
 from heads_lightning.backbones.layers import compute_dtype, positions_in_segments
 from heads_lightning.backbones.ssm import S4D, State
 from heads_lightning.batch import Attention, Batch
@@ -29,10 +29,12 @@ from heads_lightning.configs.bigs import BiGSBackboneConfig
 from heads_lightning.configs.layers import GateActivation, Position
 from heads_lightning.registry import ConfigError
 
-GATES: dict[GateActivation, Callable[[Tensor], Tensor]] = {
-    GateActivation.gelu: F.gelu,
-    GateActivation.gelu_tanh: gelu_tanh,
+Gate = Callable[[Tensor], Tensor]
+GATES: dict[GateActivation, tuple[Gate, Callable[[Tensor, Tensor], Tensor]]] = {
+    GateActivation.gelu: (F.gelu, lambda a, b: F.gelu(a) * F.gelu(b)),
+    GateActivation.gelu_tanh: (gelu_tanh, gelu_tanh_product),
 }
+"""A non-linearity, and the product of two of its values."""
 
 
 class Course(NamedTuple):
@@ -98,7 +100,7 @@ class Block(nn.Module):
         super().__init__()
         d_model, inner = config.d_model, config.inner
         self.convolution, self.is_causal = config.convolution, config.is_causal
-        self.gate = GATES[config.gate_activation]
+        self.gate, self.gate_product = GATES[config.gate_activation]
         self.norm = nn.LayerNorm(d_model, eps=config.norm_eps)
         self.value = nn.Linear(d_model, inner)
         self.forward_in = nn.Linear(d_model, d_model)
@@ -113,14 +115,13 @@ class Block(nn.Module):
     def forward(self, h_BSD: Tensor, course: Course, states: list[State] | None) -> Tensor:
         """One block; `states` are those of its systems, brought forward."""
         x_BSD = self.norm(h_BSD).to(course.compute_dtype)
-        value_BSI = self.gate(self.value(x_BSD))
         mixed_BSD = self.forward_out(self._run(self.forward_system, self.gate(self.forward_in(x_BSD)), course, states, 0))
         if self.backward_in is not None and self.backward_out is not None:
             other_BSD = self.gate(self.backward_in(x_BSD))
             if self.backward_system is not None:
                 other_BSD = self._run(self.backward_system, other_BSD, course, states, 1)
             mixed_BSD = mixed_BSD * self.backward_out(other_BSD)
-        return h_BSD + self.output(self.gate(self.expand(mixed_BSD)) * value_BSI)
+        return h_BSD + self.output(self.gate_product(self.expand(mixed_BSD), self.value(x_BSD)))
 
     def _run(self, system: S4D, u_BSD: Tensor, course: Course, states: list[State] | None, place: int) -> Tensor:
         if states is None:

@@ -2,10 +2,11 @@
 
 Operators of their own: torch.compile then sees no complex tensor, for which it has no code. The kernel is real, so two neighbouring
 channels are convolved as real and imaginary part of one: no more frequencies than a real transform has for both, and memory is copied in
-pairs. Transforms run along contiguous memory, on a CPU a few at a time, which stay in cache from the first copy to the last; that of the
-input is made again in the backward pass, which costs less than keeping it (experiments/benchmarks/bigs.py).
+pairs. Transforms run along contiguous memory, on a CPU a few at a time, which stay in cache between the two; that of the input is made
+again in the backward pass, which costs less than keeping it (experiments/benchmarks/bigs.py).
 
-conj_physical and not conj: in a compiled graph, the lazy one is silently left out inside an operator. G: frequencies, E: pairs.
+conj_physical and not conj: in a compiled graph, the lazy one is silently left out inside an operator. G: frequencies, E: pairs,
+R: rows to transform, B·E of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CACHED_BYTES = 2**18
+CACHED_BYTES = 2**19
 """Complex numbers of one thread's block on a CPU."""
 
 
@@ -41,62 +42,56 @@ def fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
 @torch.library.custom_op("heads_lightning::fft_convolution", mutates_args=())
 def _fft_convolution(u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> Tensor:
     """y [B, S, D]."""
-    u_BSE, size = _pairs(u_BSD), fast_size(2 * u_BSD.shape[1])
+    u_RS, size = _pairs(u_BSD), fast_size(2 * u_BSD.shape[1])
     kernel_G = torch.fft.fft(kernel_S, n=size)
     factor_G = kernel_G.conj_physical() if reverse else kernel_G
-    y_BSE = torch.empty_like(u_BSE)
-    for block in _blocks(u_BSE, size):
-        y_BSE[block] = _back(_transform(u_BSE[block], size).mul_(factor_G), y_BSE.shape[1])
-    return _channels(y_BSE, u_BSD)
+    y_RS = torch.empty_like(u_RS)
+    for some_u, some_y in _blocks(size, u_RS, y_RS):
+        some_y[:] = torch.fft.ifft(torch.fft.fft(some_u, n=size).mul_(factor_G))[:, : u_RS.shape[1]]
+    return _channels(y_RS, u_BSD)
 
 
 @torch.library.custom_op("heads_lightning::fft_convolution_backward", mutates_args=())
 def _fft_convolution_backward(grad_BSD: Tensor, u_BSD: Tensor, kernel_S: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
     """Gradients of input and kernel: a correlation where the forward pass convolves, and the other way round."""
-    u_BSE, grad_BSE, size = _pairs(u_BSD), _pairs(grad_BSD), fast_size(2 * u_BSD.shape[1])
+    u_RS, grad_RS, size = _pairs(u_BSD), _pairs(grad_BSD), fast_size(2 * u_BSD.shape[1])
     kernel_G = torch.fft.fft(kernel_S, n=size)
     factor_G = kernel_G if reverse else kernel_G.conj_physical()
-    grad_u_BSE, product_G = torch.empty_like(u_BSE), torch.zeros_like(kernel_G)
-    for block in _blocks(u_BSE, size):
-        grad_BEG = _transform(grad_BSE[block], size)
-        product_G += _transform(u_BSE[block], size).conj_physical_().mul_(grad_BEG).sum((0, 1))
-        grad_u_BSE[block] = _back(grad_BEG.mul_(factor_G), u_BSE.shape[1])
+    product_G = torch.zeros_like(kernel_G)
+    for some_u, some_grad in _blocks(size, u_RS, grad_RS):
+        grad_RG = torch.fft.fft(some_grad, n=size)
+        product_G += torch.fft.fft(some_u, n=size).conj_physical_().mul_(grad_RG).sum(0)
+        some_grad[:] = torch.fft.ifft(grad_RG.mul_(factor_G))[:, : u_RS.shape[1]]
     # the correlations of a pair's channels with themselves add up in the real part; those of one with the other are the imaginary part
     grad_kernel_S = torch.fft.ifft(product_G.conj_physical() if reverse else product_G).real[: len(kernel_S)]
-    return _channels(grad_u_BSE, u_BSD), grad_kernel_S.contiguous()
+    return _channels(grad_RS, u_BSD), grad_kernel_S.contiguous()
 
 
 def _pairs(x_BSD: Tensor) -> Tensor:
-    """Neighbouring channels as one complex number, [B, S, E]; the last of an odd number has none beside it."""
-    return torch.view_as_complex(F.pad(x_BSD, (0, x_BSD.shape[2] % 2)).contiguous().unflatten(2, (-1, 2)))
+    """A copy with neighbouring channels as one complex number, a row for each pair: [B·E, S]. The last of an odd number has zeros by it."""
+    even_BSD = F.pad(x_BSD, (0, 1)) if x_BSD.shape[2] % 2 else x_BSD.contiguous()
+    return _turned(torch.view_as_complex(even_BSD.unflatten(2, (-1, 2)))).flatten(0, 1)
 
 
-def _channels(x_BSE: Tensor, like_BSD: Tensor) -> Tensor:
+def _channels(x_RS: Tensor, like_BSD: Tensor) -> Tensor:
+    """Back to [B, S, D]."""
+    x_BSE = _turned(x_RS.unflatten(0, (len(like_BSD), -1)))
     return torch.view_as_real(x_BSE).flatten(2)[..., : like_BSD.shape[2]].contiguous()
 
 
-def _blocks(x_BSE: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Parts of [B, S, E] whose transforms are made together: whole rows, or some pairs of one; all of it on an accelerator."""
-    rows, _, pairs = x_BSE.shape
-    budget = CACHED_BYTES * torch.get_num_threads() // (size * x_BSE.itemsize) if x_BSE.device.type == "cpu" else rows * pairs
-    pairs_at_once, rows_at_once = min(max(budget, 1), pairs), max(budget // max(pairs, 1), 1)
-    for row in range(0, rows, rows_at_once):
-        for pair in range(0, pairs, pairs_at_once):
-            yield slice(row, row + rows_at_once), slice(None), slice(pair, pair + pairs_at_once)
+def _turned(x: Tensor) -> Tensor:
+    """x.mT in memory. Matrix by matrix: for one, torch has a fast way."""
+    turned = torch.empty_like(x.mT, memory_format=torch.contiguous_format)
+    for matrix, to in zip(x, turned, strict=True):
+        to.copy_(matrix.mT)
+    return turned
 
 
-def _transform(x_BSE: Tensor, size: int) -> Tensor:
-    """Fourier transform over `size` positions, zeros after those given: [B, E, G]."""
-    rows, length, pairs = x_BSE.shape
-    padded_BEG = x_BSE.new_empty(rows, pairs, size)
-    padded_BEG[..., :length] = x_BSE.mT
-    padded_BEG[..., length:] = 0
-    return torch.fft.fft(padded_BEG)
-
-
-def _back(x_BEG: Tensor, length: int) -> Tensor:
-    """The first positions, [B, S, E]."""
-    return torch.fft.ifft(x_BEG)[..., :length].mT
+def _blocks(size: int, *given: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of each, as many as are transformed together; all on an accelerator."""
+    rows, like = len(given[0]), given[0]
+    at_once = max(CACHED_BYTES * torch.get_num_threads() // (size * like.itemsize), 1) if like.device.type == "cpu" else rows
+    return zip(*(x_RS.split(at_once) for x_RS in given), strict=True)
 
 
 @_fft_convolution.register_fake
