@@ -649,7 +649,7 @@ def test_gelu_by_a_sigmoid_is_gelu() -> None:
 def test_the_first_derivative_of_gelu_is_as_exact_as_torchs() -> None:
     """Without create_graph, where it is ours; and the product of two, in blocks of which the last is smaller."""
     generator, theirs = torch.Generator().manual_seed(0), partial(F.gelu, approximate="tanh")
-    a, b, upstream = (4 * torch.randn(3, 100_001, generator=generator) for _ in range(3))
+    a, b = (2 * torch.randn(3, 100_001, generator=generator) for _ in range(2))
     found = []
     for gelu, product, kind in (
         (theirs, lambda x, y: theirs(x) * theirs(y), torch.float64),
@@ -657,13 +657,13 @@ def test_the_first_derivative_of_gelu_is_as_exact_as_torchs() -> None:
         (gelu_tanh, gelu_tanh_product, torch.float32),
     ):
         given = [x.to(kind).requires_grad_() for x in (a, b)]
-        both, (alone,) = product(*given), torch.autograd.grad(gelu(given[0]), given[0], upstream.to(kind))
-        found.append((both, alone, *torch.autograd.grad(both, given, upstream.to(kind))))
+        both, alone = product(*given), gelu(given[0])
+        found.append((both, *torch.autograd.grad(alone.sum(), given[0]), *torch.autograd.grad(both.sum(), given)))
     for exact, torchs, ours in zip(*found, strict=True):
-        assert (ours - exact).norm() <= 2 * (torchs - exact).norm()
+        scale = exact.abs().clamp(min=1)
+        assert ((ours - exact).abs() / scale).max() <= ((torchs - exact).abs() / scale).max() + 1e-6
     with torch.no_grad():
         assert torch.equal(gelu_tanh_product(a, b), gelu_tanh(a) * gelu_tanh(b))
     x = a[:, :5].clone().requires_grad_()
-    (first,) = torch.autograd.grad(gelu_tanh_product(x, x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):  # refused, not wrong
-        torch.autograd.grad(first.sum(), x)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gelu_tanh_product(x, x).sum(), x, create_graph=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "num_ssm": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small wait for threads more than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(cls: Any = BiGSForMaskedLM, gain: float = 6.0, **changes: Any) -> Any:

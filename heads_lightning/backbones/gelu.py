@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * LINEAR
@@ -38,29 +37,30 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    """σ(z)."""
-    return torch.addcmul(_LINEAR, x, x, value=CUBIC).mul_(x).sigmoid_()
+def _argument(x: Tensor) -> Tensor:
+    """z."""
+    return torch.addcmul(_LINEAR, x, x, value=CUBIC).mul_(x)
 
 
-def _derivative(x: Tensor, sigmoid: Tensor, out: Tensor | None = None) -> Tensor:
-    """As σ(z)·(1 + (1 − σ(z))·x·dz/dx)."""
-    slope = torch.addcmul(_LINEAR, x, x, value=3 * CUBIC, out=out).mul_(x)
-    return slope.addcmul_(slope, sigmoid, value=-1).add_(1).mul_(sigmoid)
+def _derivative(x: Tensor, z: Tensor, sigmoid: Tensor, out: Tensor | None = None) -> Tensor:
+    """Of x·σ(z); z is used up. 1 − σ(z) as σ(−z): where σ(z) is nearly 1, its rounding would be multiplied by a large x·dz/dx."""
+    slope = torch.addcmul(_LINEAR, x, x, value=3 * CUBIC, out=out).mul_(x).mul_(sigmoid)
+    return slope.mul_(z.neg_().sigmoid_()).add_(sigmoid)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return _sigmoid(x).mul_(x)
+        return _argument(x).sigmoid_().mul_(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # with create_graph: torch's has a derivative
             return torch.ops.aten.gelu_backward(grads[0], x, approximate="tanh")
-        return _derivative(x, _sigmoid(x)).mul_(grads[0])
+        z = _argument(x)
+        return _derivative(x, z, z.sigmoid()).mul_(grads[0])
 
 
 class _Product(torch.autograd.Function):
@@ -68,9 +68,10 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         y, by_a, by_b = (torch.empty_like(a) for _ in range(3))
         for part_a, part_b, out, out_a, out_b in zip(*(x.view(-1).split(BLOCK) for x in (a, b, y, by_a, by_b)), strict=True):
-            gelu_a, gelu_b = _sigmoid(part_a), _sigmoid(part_b)
-            _derivative(part_a, gelu_a, out_a)
-            _derivative(part_b, gelu_b, out_b)
+            z_a, z_b = _argument(part_a), _argument(part_b)
+            gelu_a, gelu_b = z_a.sigmoid(), z_b.sigmoid()
+            _derivative(part_a, z_a, gelu_a, out_a)
+            _derivative(part_b, z_b, gelu_b, out_b)
             torch.mul(gelu_a.mul_(part_a), gelu_b.mul_(part_b), out=out)
             out_a.mul_(gelu_b)
             out_b.mul_(gelu_a)
@@ -78,7 +79,8 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():  # what is kept does not say how it changes: the result would be a constant
+            raise RuntimeError("the product of two GELUs (gelu_tanh_product) has no second derivative")
         by_a, by_b = ctx.saved_tensors
         return by_a * grads[0], by_b * grads[0]
