@@ -77,7 +77,7 @@ def reference_block(block: Any, x_BSD: Tensor, direction: str, form: str) -> Ten
         mixed = f
     else:
         ub = gate(block.backward_in(h.flip(1) if flip else h))
-        if block.backward_system is not None:
+        if flip or form != "gate":
             ub = run(block.backward_system, ub)
         b = block.backward_out(ub)
         mixed = f * (b.flip(1) if flip else b)
