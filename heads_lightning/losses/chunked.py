@@ -25,7 +25,7 @@ from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats
 from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 36 << 20
+WORKSPACE_BYTES = 50 << 20
 """Logits that exist at a time on a CPU."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
@@ -96,14 +96,16 @@ def _differentiable_weights(
 
 
 def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
-    workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
-    accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
-    if accumulator and device == "cpu":  # every chunk passes over it, and beside it a larger one is small
-        workspace += workspace // 2
+    """Rows of a chunk: what the workspace holds, in chunks of equal size."""
     size = max(1, classes) * dtype.itemsize
-    fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
-    if rows <= fits or rows * size <= workspace + accumulator:
+    if device == "cpu":
+        fits = max(16, min(WORKSPACE_BYTES // size, MAX_ROWS))
+    else:
+        fits = max(16, WORKSPACE_BYTES_ACCELERATOR // size)
+        accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
+        if rows * size <= WORKSPACE_BYTES_ACCELERATOR + accumulator:  # one chunk needs no sum of dW over chunks
+            fits = rows
+    if rows <= fits:
         return max(1, rows)
     even = math.ceil(rows / math.ceil(rows / fits))
     return min(rows, math.ceil(even / 16) * 16)
@@ -235,8 +237,11 @@ class _PerToken(torch.autograd.Function):
 
 def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | None:
     """The product for the blocked kernel, where that kernel is the better one; else None."""
-    plain = hidden_ND.device.type == "cpu" and spec.dtype in (torch.float32, torch.float64) and spec.softcap is None
-    if not plain or spec.classes <= chunked_blocks.BLOCK_COLUMNS:
+    if hidden_ND.device.type != "cpu" or spec.softcap is not None or spec.classes <= chunked_blocks.block_columns(spec.dtype):
+        return None
+    if spec.dtype == torch.bfloat16:
+        return None if spec.label_smoothing else onednn.torch_product  # smoothing is subtracted before anything is rounded
+    if spec.dtype not in (torch.float32, torch.float64):
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:
         return onednn.product if onednn.is_faster() else onednn.torch_product
