@@ -369,6 +369,31 @@ def test_chunks_and_blocks_of_any_size_agree(n: int, v: int, block: int, rows: i
 
 
 @pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("few", [0, chunked_blocks.FEW_CHUNKS])
+def test_bf16_weight_gradients_are_as_exact_over_chunks_as_in_one(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four chunks, dW added up in bf16 or in fp32: within half as much again of what one chunk leaves by rounding."""
+    case = make_case(torch.bfloat16, n=64, masked=0.0)
+    want = reference(case, reduction="mean", z=0.0, smoothing=0.0, softcap=None, upstream=None).grads["weight"]
+    monkeypatch.setattr(chunked_blocks, "FEW_CHUNKS", few)
+
+    def error(workspace: int) -> float:
+        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)
+        return float((run("chunked", case).grads["weight"].double() - want).norm() / want.norm())
+
+    assert error(1) < 1.5 * error(1 << 20)
+
+
+def test_memory_that_is_kept_carries_nothing_over() -> None:
+    """A larger, a smaller and the same call again, in memory that the last one left; grad mode and inference mode alike."""
+    small, large = (make_case(n=n, v=5003, seed=n) for n in (20, 30))
+    fresh = run("chunked", small)
+    run("chunked", large)
+    with torch.inference_mode():
+        linear_cross_entropy(large.hidden, large.weight, large.labels, implementation="chunked")
+    assert_same(run("chunked", small), fresh, 0, "again")
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_a_confident_model_keeps_its_small_gradients() -> None:
     """softmax − one-hot cancels when the label is nearly certain; and a label in an improbable block must not overflow."""
     case = make_case(masked=0.0)

@@ -159,6 +159,7 @@ def _normalise_blocks(problem: _Problem, chunk: _Chunk, sum_CD: Tensor | None) -
         else:
             logits = torch.mm(chunk.x_CD, weight_BD.t(), out=block)
         found.append(_soft_max(problem, logits, block, columns, label_C.unsqueeze(1)))
+        del logits
         lse_before, lse_of_block = lse_C, found[-1][0]
         assert lse_of_block is not None
         lse_C = torch.logaddexp(lse_before, lse_of_block)

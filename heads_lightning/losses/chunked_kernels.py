@@ -216,7 +216,7 @@ def _logits_to_gradient(
     hot = values.gather(1, label).squeeze(1) * factor - terms.weight_N * terms.hot_N
     if not terms.spread and slope is None:  # one pass: scale and round
         torch.mul(values, factor.unsqueeze(1), out=out)
-        out.scatter_(1, label, hot.to(out.dtype).unsqueeze(1))
+        out[torch.arange(len(labels), device=out.device), labels] = hot.to(out.dtype)  # scatter_ copies all of a bf16 tensor
         return
     values.mul_(factor.unsqueeze(1)).scatter_(1, label, hot.unsqueeze(1))
     if terms.spread:
