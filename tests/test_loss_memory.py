@@ -30,6 +30,7 @@ def test_the_estimate_is_within_a_tenth(
     implementation: str, dtype: torch.dtype, n: int, d: int, v: int, workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(chunked, "MIN_BLOCKED_ROWS", 256)
     monkeypatch.setattr(chunked_blocks, "_kept", [])
     for module in ("chunked_kernels", "memory"):
         monkeypatch.setattr(f"heads_lightning.losses.{module}.CACHED_BYTES", 1 << 18)

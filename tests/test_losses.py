@@ -141,6 +141,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_blocks, "BLOCK_COLUMNS", 16)
     monkeypatch.setattr(chunked_kernels, "CACHED_BYTES", 5 * V * 4)
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(chunked, "MIN_BLOCKED_ROWS", 1)
 
 
 GRID = list(
@@ -383,9 +384,11 @@ def test_bf16_weight_gradients_are_as_exact_over_chunks_as_in_one(few: int, monk
     assert error(1) < 1.5 * error(1 << 20)
 
 
-def test_memory_that_is_kept_carries_nothing_over() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_that_is_kept_carries_nothing_over(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger, a smaller and the same call again, in memory that the last one left; grad mode and inference mode alike."""
-    small, large = (make_case(n=n, v=5003, seed=n) for n in (20, 30))
+    monkeypatch.setattr(chunked, "MIN_BLOCKED_ROWS", 1)
+    small, large = (make_case(dtype, n=n, v=5003, seed=n) for n in (21, 31))
     fresh = run("chunked", small)
     run("chunked", large)
     with torch.inference_mode():

@@ -1,8 +1,9 @@
 """`chunked`: ours. Gradients are formed in the forward pass, chunk by chunk, so that no more than a chunk of logits ever exists.
 
 Works on any device and with any type, with every feature, natively; three matrix products in all, four for losses per token (which are
-recomputed in the backward pass, since the gradient of each is unknown before). Cross-chunk sums and the loss are fp32. The gradients are
-handed over once: a second backward pass is refused in words, as is a second derivative; `default` does both.
+recomputed in the backward pass, since the gradient of each is unknown before). The loss is fp32, and so are sums over chunks (of a few
+chunks of bf16 on a CPU the products themselves add dW up, in fp32 within each: chunked_blocks.FEW_CHUNKS). The gradients are handed over
+once: a second backward pass is refused in words, as is a second derivative; `default` does both.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats
 from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 50 << 20
-"""Logits that exist at a time on a CPU."""
+WORKSPACE_BYTES = 36 << 20
+"""Logits that exist at a time on a CPU; where the blocked kernel computes, their memory is kept for the next call."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
 """More rows in a chunk gain nothing on a CPU."""
+MIN_BLOCKED_ROWS = 512
+"""Fewer rows of bf16 take no longer all columns at a time: their products are short, and blocks cost a few small operators each."""
 PROBE_FLOP = 2**27
 """Below this size of one matrix product it is not worth finding out which library is faster."""
 
@@ -96,16 +99,14 @@ def _differentiable_weights(
 
 
 def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk: what the workspace holds, in chunks of equal size."""
+    """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
+    workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
+    accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
+    if accumulator and device == "cpu":  # every chunk passes over it, and beside it a larger one is small
+        workspace += workspace // 2
     size = max(1, classes) * dtype.itemsize
-    if device == "cpu":
-        fits = max(16, min(WORKSPACE_BYTES // size, MAX_ROWS))
-    else:
-        fits = max(16, WORKSPACE_BYTES_ACCELERATOR // size)
-        accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
-        if rows * size <= WORKSPACE_BYTES_ACCELERATOR + accumulator:  # one chunk needs no sum of dW over chunks
-            fits = rows
-    if rows <= fits:
+    fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
+    if rows <= fits or rows * size <= workspace + accumulator:
         return max(1, rows)
     even = math.ceil(rows / math.ceil(rows / fits))
     return min(rows, math.ceil(even / 16) * 16)
@@ -240,7 +241,8 @@ def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | 
     if hidden_ND.device.type != "cpu" or spec.softcap is not None or spec.classes <= chunked_blocks.block_columns(spec.dtype):
         return None
     if spec.dtype == torch.bfloat16:
-        return None if spec.label_smoothing else onednn.torch_product  # smoothing is subtracted before anything is rounded
+        few = hidden_ND.shape[0] < MIN_BLOCKED_ROWS
+        return None if few or spec.label_smoothing else onednn.torch_product  # smoothing is subtracted before anything is rounded
     if spec.dtype not in (torch.float32, torch.float64):
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:

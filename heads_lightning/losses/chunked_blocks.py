@@ -29,7 +29,10 @@ products rounded to bf16 are added up in fp32. (Error at 4 chunks 3.6e-3 and 3.5
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """a [M, K], b [N, K] → a @ b.T."""
 
+KEPT_BYTES = 96 << 20
+"""A larger workspace is given back."""
 _kept: list[Tensor] = []
+"""The workspace of the last call, while no call has it: two calls at once have one each."""
 
 
 @contextmanager
@@ -44,7 +47,8 @@ def _workspace(size: int) -> Iterator[Tensor]:
         with torch.inference_mode(False):
             buffer = torch.empty(size, dtype=torch.uint8)
     yield buffer[:size]
-    _kept[:] = [buffer]
+    if buffer.nbytes <= KEPT_BYTES:
+        _kept[:] = [buffer]
 
 
 def block_columns(dtype: torch.dtype) -> int:
@@ -115,9 +119,10 @@ def blocked(
     smoothing = _Smoothing.of(weight_VD, bias_V, terms) if terms.spread else None
     columns, chunk_rows = min(block_columns(spec.dtype), spec.classes), min(spec.rows, rows)
     size = chunk_rows * (spec.classes if spec.need_grad else columns) * spec.dtype.itemsize
-    with _workspace(size + (chunked_kernels.CACHED_BYTES if spec.dtype != acc else 0)) as memory:
-        piece = None if spec.dtype == acc else memory[size:].view(acc)
-        problem = _Problem(weight_VD, bias_V, smoothing, spec, matmul, columns, acc, memory[:size].view(spec.dtype), piece)
+    cached = 0 if spec.dtype == acc else chunked_kernels.CACHED_BYTES  # it comes first: the blocks may end between two numbers of fp32
+    with _workspace(cached + size) as workspace:
+        piece, memory = workspace[:cached].view(acc) if cached else None, workspace[cached:].view(spec.dtype)
+        problem = _Problem(weight_VD, bias_V, smoothing, spec, matmul, columns, acc, memory, piece)
         for start in range(0, rows, spec.rows):
             part = slice(start, min(start + spec.rows, rows))
             chunk = _Chunk(hidden_ND[part], labels_N[part], terms.rows(part.start, part.stop))
@@ -154,10 +159,7 @@ def _normalise_blocks(problem: _Problem, chunk: _Chunk, sum_CD: Tensor | None) -
         weight_BD, block = problem.weight_VD[columns], problem.block(columns, len(lse_C))
         label_C = (chunk.labels_C - columns.start).clamp_(0, columns.stop - columns.start - 1)
         own = (label_C == chunk.labels_C - columns.start).nonzero().squeeze(1)
-        if problem.piece is None:
-            logits = problem.matmul(chunk.x_CD, weight_BD)
-        else:
-            logits = torch.mm(chunk.x_CD, weight_BD.t(), out=block)
+        logits = problem.matmul(chunk.x_CD, weight_BD) if problem.piece is None else torch.mm(chunk.x_CD, weight_BD.t(), out=block)
         found.append(_soft_max(problem, logits, block, columns, label_C.unsqueeze(1)))
         del logits
         lse_before, lse_of_block = lse_C, found[-1][0]
@@ -174,7 +176,7 @@ def _normalise_blocks(problem: _Problem, chunk: _Chunk, sum_CD: Tensor | None) -
 def _soft_max(
     problem: _Problem, logits: Tensor, block: Tensor, columns: slice, label_C1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Soft-max of the logits of a block (overwritten) into `block`, a few rows at a time, in the type of the loss; fields of _Normalised."""
+    """Soft-max of a block's logits (overwritten) into `block`, a few rows at a time, in the type of the loss; rows of _Normalised."""
     bias = None if problem.bias_V is None else problem.bias_V[columns]
     step = max(1, chunked_kernels.CACHED_BYTES // (logits.shape[1] * problem.acc.itemsize))
     found: list[tuple[Tensor, ...]] = []

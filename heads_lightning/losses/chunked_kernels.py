@@ -1,7 +1,7 @@
 """The arithmetic of `chunked`: loss and gradients of a linear cross-entropy in one sweep over chunks of rows, three matrix products in all.
 
 This kernel runs on any device with any type: a chunk of logits is formed, turned into its own gradient a few cached rows at a time (fp32
-maths, rounded once), and multiplied out. chunked_blocks.py holds a faster one for fp32 on CPUs, vocab_parallel.py one for shards.
+maths, rounded once), and multiplied out. chunked_blocks.py holds a faster one for CPUs, vocab_parallel.py one for shards.
 
 With row weight w, class weight c_y and smoothing ε (losses/base.py), the gradient of row i with respect to its logits is
 

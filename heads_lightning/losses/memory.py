@@ -44,6 +44,7 @@ def _chunked(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> int:
     """A chunk of logits, the gradients, and what is made in passing."""
     rows = chunked.chunk_rows(n, v, d, dtype, device)
     blocked = device == "cpu" and dtype != torch.float16 and v > block_columns(dtype)
+    blocked &= dtype != torch.bfloat16 or n >= chunked.MIN_BLOCKED_ROWS
     return (_blocked if blocked else _dense)(n, d, v, dtype, device, rows)
 
 
