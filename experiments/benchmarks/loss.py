@@ -3,6 +3,7 @@
     python experiments/benchmarks/loss.py time   [--shapes A,B,C] [--dtypes float32,bfloat16] [--labelled 1.0,0.15] [--threads 2]
     python experiments/benchmarks/loss.py memory [--shapes A]
     python experiments/benchmarks/loss.py sweep                     # small shapes: is chunked ever slower than default?
+    python experiments/benchmarks/loss.py split                     # where the time of chunked goes, in shares of the limit
     python experiments/benchmarks/loss.py gpu                       # the GPU table; needs one
 
 Times: all implementations once per round, in one process, in turn; the median over rounds of each round's ratio, so that other work on the
@@ -235,6 +236,37 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+PARTS = {
+    "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    "soft-max": ("aten::_softmax", "aten::amax"),
+    "copies and sums": ("aten::copy_", "aten::add_", "aten::mul", "aten::mul_", "aten::addcmul_", "aten::fill_"),
+}
+"""Operators whose own time is a part of a step; what no part holds is `rest`: small operators and Python."""
+
+
+def split(options: argparse.Namespace) -> dict[str, Any]:
+    """Where a step of `chunked` spends its time, in shares of the limit. `pages of dW` lie within the products, which touch them first."""
+    result: dict[str, Any] = {}
+    print(f"parts of chunked ÷ limit, threads {options.threads}")
+    for shape, dtype, labelled in cells(options):
+        x, w, labels = make(SHAPES[shape], getattr(torch, dtype), labelled)
+        limits = products(x, w, int((labels != -100).sum()))
+        loss = losses(x, w, labels, ["chunked"])["chunked"]
+        runs = {**limits, "chunked": (partial(step, loss, x, w), 1.0), "pages of dW": (lambda w=w: torch.empty_like(w).zero_(), 1.0)}
+        taken = rounds(runs, options.rounds, options.threads, options.seconds)
+        limit = min(limits, key=lambda k: statistics.median(taken[k]))
+        found = {name: ratio(taken[name], taken[limit]) for name in ("chunked", "pages of dW")}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            repeat(loss, x, w)
+        own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+        shares = {part: sum(own.get(name, 0.0) for name in names) / sum(own.values()) for part, names in PARTS.items()}
+        found |= {part: share * found["chunked"] for part, share in shares.items()}
+        found["rest"] = found["chunked"] * (1 - sum(shares.values()))
+        result[f"{shape} {dtype} {labelled}"] = found
+        print(f"  {shape} {dtype}   " + "   ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
+    return result
+
+
 def gpu(options: argparse.Namespace) -> dict[str, Any]:
     """Time, peak memory and error of every implementation that runs on this GPU."""
     if not torch.cuda.is_available():
@@ -297,7 +329,7 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, float]]:
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["time", "memory", "sweep", "gpu"])
+    parser.add_argument("what", choices=["time", "memory", "sweep", "split", "gpu"])
     parser.add_argument("--shapes", default="A,B,C")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--labelled", default="1.0")
@@ -317,7 +349,7 @@ def main() -> None:
     if options.what == "time":
         results = {f"{s} {d} {share}": time_shape(s, getattr(torch, d), share, options) for s, d, share in cells(options)}
     else:
-        results = {"memory": memory, "sweep": sweep, "gpu": gpu}[options.what](options)
+        results = {"memory": memory, "sweep": sweep, "split": split, "gpu": gpu}[options.what](options)
     if options.json:
         command = " ".join(sys.argv[1:]).replace(f" --json {options.json}", "")
         about = {"torch": torch.__version__, "processor": processor(), "threads": options.threads, "command": command}

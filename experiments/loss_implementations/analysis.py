@@ -65,6 +65,12 @@ def sweep_table(cells: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def split_table(cells: dict[str, Any]) -> str:
+    """Where `chunked` spends its time, in shares of the limit; the parts are those of experiments/benchmarks/loss.py."""
+    names = list(dict.fromkeys(name for found in cells.values() for name in found))
+    return markdown(["shape, type, labelled", *names], [[cell, *(f"{found[n]:.2f}" for n in names)] for cell, found in cells.items()])
+
+
 def draw_times(axis: Axes, times: dict[str, Any]) -> None:
     """Time ÷ limit, one group of bars per shape, type and share of labels; a bar that leaves the picture carries its number."""
     top = 5.0
@@ -110,6 +116,8 @@ def main() -> None:
         memory_table({**results("memory"), **results("memory_labelled")}),
         "Small shapes, width 256, time ÷ `default`:",
         sweep_table(results("sweep")),
+        "Where `chunked` spends its time, ÷ limit (the pages of dW are faulted in within the products):",
+        split_table(results("split")),
     ]
     (HERE / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
     print("\n\n".join(tables))

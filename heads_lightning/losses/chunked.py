@@ -1,8 +1,9 @@
 """`chunked`: ours. Gradients are formed in the forward pass, chunk by chunk, so that no more than a chunk of logits ever exists.
 
 Works on any device and with any type, with every feature, natively; three matrix products in all, four for losses per token (which are
-recomputed in the backward pass, since the gradient of each is unknown before). Cross-chunk sums and the loss are fp32. The gradients are
-handed over once: a second backward pass is refused in words, as is a second derivative; `default` does both.
+recomputed in the backward pass, since the gradient of each is unknown before). The loss is fp32, and so are sums over chunks (of a few
+chunks of bf16 on a CPU the products themselves add dW up, in fp32 within each: chunked_blocks.FEW_CHUNKS). The gradients are handed over
+once: a second backward pass is refused in words, as is a second derivative; `default` does both.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
 WORKSPACE_BYTES = 36 << 20
-"""Logits that exist at a time on a CPU."""
+"""Logits that exist at a time on a CPU; where the blocked kernel computes, their memory is kept for the next call."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
 """More rows in a chunk gain nothing on a CPU."""
+MIN_BLOCKED_ROWS = 512
+"""Fewer rows of bf16 take no longer all columns at a time: their products are short, and blocks cost a few small operators each."""
 PROBE_FLOP = 2**27
 """Below this size of one matrix product it is not worth finding out which library is faster."""
 
@@ -235,8 +238,12 @@ class _PerToken(torch.autograd.Function):
 
 def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | None:
     """The product for the blocked kernel, where that kernel is the better one; else None."""
-    plain = hidden_ND.device.type == "cpu" and spec.dtype in (torch.float32, torch.float64) and spec.softcap is None
-    if not plain or spec.classes <= chunked_blocks.BLOCK_COLUMNS:
+    if hidden_ND.device.type != "cpu" or spec.softcap is not None or spec.classes <= chunked_blocks.block_columns(spec.dtype):
+        return None
+    if spec.dtype == torch.bfloat16:
+        few = hidden_ND.shape[0] < MIN_BLOCKED_ROWS
+        return None if few or spec.label_smoothing else onednn.torch_product  # smoothing is subtracted before anything is rounded
+    if spec.dtype not in (torch.float32, torch.float64):
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:
         return onednn.product if onednn.is_faster() else onednn.torch_product

@@ -1,66 +1,136 @@
-"""The kernel of `chunked` for fp32 and fp64 on a CPU: chunks of rows, and the vocabulary in blocks that stay in cache.
+"""The kernel of `chunked` for fp32, fp64 and bf16 on a CPU: chunks of rows, and the vocabulary in blocks that stay in cache.
 
 Each block is normalised on its own, and what is left to make it global, exp(lse_block − lse), is a factor of the row, like 1/N, z-loss and
-the weights: it multiplies the thin [rows, D] operands and never the [rows, V] one. Label smoothing is rank one. So nothing but the soft-max
-passes over the logits, and every product is of dense, cache-sized operands, at which oneDNN is fastest.
+the weights: it multiplies the thin [rows, D] operands and never the [rows, V] one. So a block is multiplied into dX while it is still in
+cache, nothing but the soft-max passes over the logits, and every product is of dense, cache-sized operands, which are the fastest. Label
+smoothing is rank one. What belongs to the label itself, softmax − one-hot, is formed in the type of the loss before anything is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from heads_lightning.losses import chunked_kernels
 from heads_lightning.losses.chunked_kernels import Gradients, RowStats, RowTerms, Spec, empty_stats
 
 BLOCK_COLUMNS = 2048
-"""Vocabulary entries of a block."""
+"""Vocabulary entries of a block of fp32 or fp64; twice as many of bf16."""
 FOLD_SHARE = 1e-3
 """The one-hot term is folded into a block (nothing cancels) unless the block holds less than this share of the row's probability."""
+FEW_CHUNKS = 4
+"""Up to so many chunks, dW in bf16 is as exact when it is added up in bf16 by the products themselves, which round their sum once, as when
+products rounded to bf16 are added up in fp32. (Error at 4 chunks 3.6e-3 and 3.5e-3, at 16 chunks 5.4e-3 and 3.5e-3.)"""
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """a [M, K], b [N, K] → a @ b.T."""
 
+KEPT_BYTES = 96 << 20
+"""A larger workspace is given back."""
+_kept: list[Tensor] = []
+"""The workspace of the last call, while no call has it: two calls at once have one each."""
+
+
+@contextmanager
+def _workspace(size: int) -> Iterator[Tensor]:
+    """Bytes that are kept for the next call: to fault in as many anew costs a tenth of the time of the products."""
+    try:
+        buffer = _kept.pop()
+    except IndexError:
+        buffer = torch.empty(0, dtype=torch.uint8)
+    if buffer.nbytes < size:
+        del buffer  # before the larger one is made
+        with torch.inference_mode(False):
+            buffer = torch.empty(size, dtype=torch.uint8)
+    yield buffer[:size]
+    if buffer.nbytes <= KEPT_BYTES:
+        _kept[:] = [buffer]
+
+
+def block_columns(dtype: torch.dtype) -> int:
+    """Vocabulary entries of a block."""
+    return BLOCK_COLUMNS * (2 if dtype.itemsize == 2 else 1)
+
+
+class _Problem(NamedTuple):
+    """What all chunks share."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    smoothing: _Smoothing | None
+    spec: Spec
+    matmul: Matmul
+    columns: int
+    """Of a block."""
+    acc: torch.dtype
+    """Of the loss."""
+    memory: Tensor
+    """[rows of a chunk · classes]: room for the blocks of a chunk, one after the other; of one block, where no gradient is wanted."""
+    piece: Tensor | None
+    """In low precision, room for a few rows of a block in the type of the loss."""
+
+    def block(self, columns: slice, rows: int) -> Tensor:
+        """[rows, columns] of the memory."""
+        first = rows * columns.start if self.spec.need_grad else 0
+        return self.memory[first : first + rows * (columns.stop - columns.start)].view(rows, -1)
+
+    def blocks(self) -> list[slice]:
+        """The vocabulary in blocks."""
+        classes = self.spec.classes
+        return [slice(first, min(first + self.columns, classes)) for first in range(0, classes, self.columns)]
+
 
 class _Chunk(NamedTuple):
-    """One chunk of rows between the two sweeps of `blocked` over the vocabulary."""
+    """Some rows."""
 
     x_CD: Tensor
     labels_C: Tensor
     terms: RowTerms
-    order_C: Tensor
-    """Rows sorted by label."""
-    edges: list[int]
-    """order_C[edges[b] : edges[b + 1]] are the rows whose label lies in block b."""
+
+
+class _Normalised(NamedTuple):
+    """A chunk after the first sweep over the vocabulary, block by block [B, C]: what the soft-max of each block by itself left out."""
+
+    lse_BC: Tensor
+    top_BC: Tensor
+    """Largest logit."""
+    target_BC: Tensor
+    """The label's logit, in the label's own block; in the others, that of another class."""
+    label_BC: Tensor
+    """Its probability within the block, likewise."""
+    entropy_BC: Tensor | None
+
+    def of_label(self, values_BC: Tensor, labels_C: Tensor, columns: int) -> Tensor:
+        """Of each row, the entry of the label's own block."""
+        return values_BC.gather(0, (labels_C // columns).unsqueeze(0)).squeeze(0)
 
 
 def blocked(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, labels_N: Tensor, terms: RowTerms, spec: Spec, matmul: Matmul
 ) -> tuple[RowStats, Gradients]:
     """Loss and gradients, vocabulary in cached blocks; no soft cap. weight_VD and bias_V hold the real classes alone."""
-    rows, width = hidden_ND.shape
-    acc = hidden_ND.dtype
+    rows, acc = hidden_ND.shape[0], terms.weight_N.dtype
     stats = empty_stats(rows, acc, hidden_ND.device, terms, spec)
-    gradients = Gradients(
-        torch.empty_like(hidden_ND) if spec.need_dx else None,
-        hidden_ND.new_empty(spec.classes, width) if spec.need_dw else None,
-        hidden_ND.new_zeros(spec.classes) if spec.need_db else None,
-    )
+    gradients = _empty_gradients(hidden_ND, spec, acc)
     smoothing = _Smoothing.of(weight_VD, bias_V, terms) if terms.spread else None
-    bounds = torch.arange(0, spec.classes + BLOCK_COLUMNS, BLOCK_COLUMNS)
-    for start in range(0, rows, spec.rows):
-        stop = min(start + spec.rows, rows)
-        labels_C = labels_N[start:stop]
-        order_C = torch.argsort(labels_C)
-        edges = torch.searchsorted(labels_C[order_C], bounds).tolist()
-        chunk = _Chunk(hidden_ND[start:stop], labels_C, terms.rows(start, stop), order_C, edges)
-        blocks, lse_CB = _normalise_blocks(chunk, weight_VD, bias_V, smoothing, spec, stats, start, stop, matmul)
-        if spec.need_grad:
-            dx_CD = None if gradients.dx_ND is None else gradients.dx_ND[start:stop]
-            part = gradients._replace(dx_ND=dx_CD)
-            _multiply_out(chunk, blocks, lse_CB, weight_VD, stats.lse_N[start:stop], spec, part, start == 0, matmul)
+    columns, chunk_rows = min(block_columns(spec.dtype), spec.classes), min(spec.rows, rows)
+    size = chunk_rows * (spec.classes if spec.need_grad else columns) * spec.dtype.itemsize
+    cached = 0 if spec.dtype == acc else chunked_kernels.CACHED_BYTES  # it comes first: the blocks may end between two numbers of fp32
+    with _workspace(cached + size) as workspace:
+        piece, memory = workspace[:cached].view(acc) if cached else None, workspace[cached:].view(spec.dtype)
+        problem = _Problem(weight_VD, bias_V, smoothing, spec, matmul, columns, acc, memory, piece)
+        for start in range(0, rows, spec.rows):
+            part = slice(start, min(start + spec.rows, rows))
+            chunk = _Chunk(hidden_ND[part], labels_N[part], terms.rows(part.start, part.stop))
+            sum_CD = torch.zeros(chunk.x_CD.shape, dtype=acc) if spec.need_dx else None
+            normalised, lse_C = _normalise_blocks(problem, chunk, sum_CD)
+            _note_losses(problem, chunk, normalised, lse_C, stats, part)
+            if spec.need_grad:
+                _multiply_out(problem, chunk, normalised, lse_C, sum_CD, gradients, part)
     if rows == 0 and gradients.dw_VD is not None:
         gradients.dw_VD.zero_()
     if smoothing is not None:
@@ -68,95 +138,135 @@ def blocked(
     return stats, gradients
 
 
-def _normalise_blocks(
-    chunk: _Chunk,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    smoothing: _Smoothing | None,
-    spec: Spec,
-    stats: RowStats,
-    start: int,
-    stop: int,
-    matmul: Matmul,
-) -> tuple[list[Tensor], Tensor]:
-    """The soft-max of every block by itself, and the log-normaliser of every block [B, C]."""
-    blocks: list[Tensor] = []
-    tops, lses, entropies = [], [], []
-    target_C = chunk.x_CD.new_empty(stop - start)
-    for number, column in enumerate(range(0, spec.classes, BLOCK_COLUMNS)):
-        values = matmul(chunk.x_CD, weight_VD[column : column + BLOCK_COLUMNS])
-        if bias_V is not None:
-            values.add_(bias_V[column : column + BLOCK_COLUMNS])
-        own = chunk.order_C[chunk.edges[number] : chunk.edges[number + 1]]
-        target_C[own] = values[own, chunk.labels_C[own] - column]
-        top = values.amax(1)
-        torch._softmax(values, 1, False, out=values)
-        tops.append(top)
-        lses.append(top - values.amax(1).log())
-        if spec.token_metrics:
-            entropies.append(torch.special.entr(values).sum(1))
-        if spec.need_grad:
-            blocks.append(values)
-    lse_BC = torch.stack(lses)
-    lse_C = torch.logsumexp(lse_BC, 0)
-    cross_entropy_C = chunk.terms.hot_N * (lse_C - target_C)
-    if smoothing is not None:
-        cross_entropy_C += chunk.terms.spread * (chunk.terms.total * lse_C - smoothing.logit_sum(chunk.x_CD))
-    stats.cross_entropy_N[start:stop] = cross_entropy_C
-    stats.lse_N[start:stop] = lse_C
-    if stats.correct_N is not None and stats.entropy_N is not None:
-        stats.correct_N[start:stop] = (target_C >= torch.stack(tops).amax(0)).to(target_C.dtype)
-        mean_logit = (lse_BC - torch.stack(entropies)) * (lse_BC - lse_C).exp()  # lse − entropy is a block's mean logit
-        stats.entropy_N[start:stop] = lse_C - mean_logit.sum(0)
-    return blocks, lse_BC
+def _empty_gradients(hidden_ND: Tensor, spec: Spec, acc: torch.dtype) -> Gradients:
+    rows, width = hidden_ND.shape
+    dtype = spec.dtype if rows <= FEW_CHUNKS * spec.rows else acc
+    return Gradients(
+        torch.empty_like(hidden_ND) if spec.need_dx else None,
+        hidden_ND.new_empty(spec.classes, width, dtype=dtype) if spec.need_dw else None,
+        hidden_ND.new_zeros(spec.classes, dtype=acc) if spec.need_db else None,
+    )
+
+
+def _normalise_blocks(problem: _Problem, chunk: _Chunk, sum_CD: Tensor | None) -> tuple[_Normalised, Tensor]:
+    """First sweep: every block's soft-max into the chunk's memory, and Σ softmax · W, without the label's own part, into sum_CD.
+
+    The sum is of probabilities among the classes seen so far, whose log-normaliser is lse_C: each block scales what came before it.
+    """
+    found: list[tuple[Tensor | None, ...]] = []
+    lse_C = torch.full(chunk.labels_C.shape, -torch.inf, dtype=problem.acc)
+    for columns in problem.blocks():
+        weight_BD, block = problem.weight_VD[columns], problem.block(columns, len(lse_C))
+        label_C = (chunk.labels_C - columns.start).clamp_(0, columns.stop - columns.start - 1)
+        own = (label_C == chunk.labels_C - columns.start).nonzero().squeeze(1)
+        logits = problem.matmul(chunk.x_CD, weight_BD) if problem.piece is None else torch.mm(chunk.x_CD, weight_BD.t(), out=block)
+        found.append(_soft_max(problem, logits, block, columns, label_C.unsqueeze(1)))
+        del logits
+        lse_before, lse_of_block = lse_C, found[-1][0]
+        assert lse_of_block is not None
+        lse_C = torch.logaddexp(lse_before, lse_of_block)
+        if sum_CD is None:
+            continue
+        block[own, label_C[own]] = 0
+        product_CD = problem.matmul(block, weight_BD.t()).to(problem.acc)
+        sum_CD.mul_((lse_before - lse_C).exp_().unsqueeze(1)).addcmul_(product_CD, (lse_of_block - lse_C).exp_().unsqueeze(1))
+    return _Normalised(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True))), lse_C  # pyright: ignore[reportArgumentType]
+
+
+def _soft_max(
+    problem: _Problem, logits: Tensor, block: Tensor, columns: slice, label_C1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Soft-max of a block's logits (overwritten) into `block`, a few rows at a time, in the type of the loss; rows of _Normalised."""
+    bias = None if problem.bias_V is None else problem.bias_V[columns]
+    step = max(1, chunked_kernels.CACHED_BYTES // (logits.shape[1] * problem.acc.itemsize))
+    found: list[tuple[Tensor, ...]] = []
+    for start in range(0, logits.shape[0], step):
+        values, wanted, label = (rows[start : start + step] for rows in (logits, block, label_C1))
+        probabilities = wanted
+        if problem.piece is not None:
+            probabilities = values = problem.piece[: values.numel()].view(values.shape).copy_(values)
+        if bias is not None:
+            values.add_(bias)
+        top, target = values.amax(1), values.gather(1, label).squeeze(1)
+        torch._softmax(values, 1, False, out=probabilities)
+        lse = top - probabilities.amax(1).log_()  # the largest probability is exactly 1 ÷ the normaliser
+        row = [lse, top, target, probabilities.gather(1, label).squeeze(1)]
+        if problem.spec.token_metrics:
+            row.append(torch.special.entr(probabilities).sum(1))
+        found.append(tuple(row))
+        if probabilities is not wanted and problem.spec.need_grad:
+            wanted.copy_(probabilities)
+    parts = [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+    return (*parts, *([None] * (5 - len(parts))))  # pyright: ignore[reportReturnType]
+
+
+def _note_losses(problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_C: Tensor, stats: RowStats, part: slice) -> None:
+    terms, lse_BC = chunk.terms, normalised.lse_BC
+    target_C = normalised.of_label(normalised.target_BC, chunk.labels_C, problem.columns)
+    cross_entropy_C = terms.hot_N * (lse_C - target_C)
+    if problem.smoothing is not None:
+        cross_entropy_C += terms.spread * (terms.total * lse_C - problem.smoothing.logit_sum(chunk.x_CD))
+    stats.cross_entropy_N[part] = cross_entropy_C
+    stats.lse_N[part] = lse_C
+    if stats.correct_N is not None and stats.entropy_N is not None and normalised.entropy_BC is not None:
+        stats.correct_N[part] = (target_C >= normalised.top_BC.amax(0)).to(target_C.dtype)
+        mean_logit = (lse_BC - normalised.entropy_BC) * (lse_BC - lse_C).exp()  # lse − entropy is a block's mean logit
+        stats.entropy_N[part] = lse_C - mean_logit.sum(0)
 
 
 def _multiply_out(
-    chunk: _Chunk,
-    blocks: list[Tensor],
-    lse_BC: Tensor,
-    weight_VD: Tensor,
-    lse_C: Tensor,
-    spec: Spec,
-    gradients: Gradients,
-    first: bool,
-    matmul: Matmul,
+    problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_C: Tensor, sum_CD: Tensor | None, gradients: Gradients, part: slice
 ) -> None:
-    """Second sweep: the blocks into the gradients, each freed when done."""
-    dx_CD, dw_VD, db_V = gradients
-    x_CD, labels_C, terms = chunk.x_CD, chunk.labels_C, chunk.terms
-    factor_BC = (lse_BC - lse_C).exp_().mul_(terms.softmax_factor(lse_C, spec.z_loss_multiplier))
+    """What is left of the gradients when the normaliser is known: dX's row factors, and a second sweep for dW and db."""
+    labels_C, terms = chunk.labels_C, chunk.terms
+    softmax_C = terms.softmax_factor(lse_C, problem.spec.z_loss_multiplier)
+    factor_BC = (normalised.lse_BC - lse_C).exp_().mul_(softmax_C)
     hot_C = terms.weight_N * terms.hot_N
-    label_factor_C = factor_BC.gather(0, (labels_C // BLOCK_COLUMNS).unsqueeze(0)).squeeze(0)
-    folds_C = label_factor_C.abs() > FOLD_SHARE * hot_C.abs()
-    folded_C = torch.where(folds_C, hot_C / label_factor_C, 0.0)
-    if dx_CD is not None:
-        dx_CD.zero_()
-    for number, column in enumerate(range(0, spec.classes, BLOCK_COLUMNS)):
-        values, blocks[number] = blocks[number], weight_VD  # the list must not keep the block alive
-        own = chunk.order_C[chunk.edges[number] : chunk.edges[number + 1]]
-        values[own, labels_C[own] - column] -= folded_C[own]
-        factor_C1 = factor_BC[number].unsqueeze(1)
-        columns = slice(column, column + BLOCK_COLUMNS)
-        if dx_CD is not None:
-            dx_CD.addcmul_(matmul(values, weight_VD[columns].t()), factor_C1)
-        if dw_VD is not None:
-            add = dw_VD[columns].copy_ if first else dw_VD[columns].add_
-            add(matmul(values.t(), (x_CD * factor_C1).t()))  # unnamed: freed before the next is made
-        if db_V is not None:
-            db_V[columns].addmv_(values.t(), factor_BC[number])
+    factor_C = normalised.of_label(factor_BC, labels_C, problem.columns)
+    label_C = normalised.of_label(normalised.label_BC, labels_C, problem.columns)
+    if gradients.dx_ND is not None and sum_CD is not None:
+        own_CD = problem.weight_VD[labels_C].to(problem.acc)
+        gradients.dx_ND[part] = sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1))
+    if gradients.dw_VD is None and gradients.db_V is None:
+        return
+    folds_C = factor_C.abs() > FOLD_SHARE * hot_C.abs()
+    _put_labels(problem, chunk, label_C - torch.where(folds_C, hot_C / factor_C, 0.0))
+    x_CD = chunk.x_CD.to(problem.acc)
+    for number, columns in enumerate(problem.blocks()):
+        block, factor_C = problem.block(columns, len(labels_C)), factor_BC[number]
+        if gradients.dw_VD is not None:
+            scaled_CD = (x_CD * factor_C.unsqueeze(1)).to(block.dtype)
+            _add_product(gradients.dw_VD[columns], block, scaled_CD, part.start == 0, problem.matmul)
+        if gradients.db_V is not None:
+            gradients.db_V[columns].addmv_(block.t().to(problem.acc), factor_C)
     if not bool(folds_C.all()):
-        _subtract_hot(x_CD, labels_C, torch.where(folds_C, 0.0, hot_C), weight_VD, gradients)
+        _subtract_hot(x_CD, labels_C, torch.where(folds_C, 0.0, hot_C), gradients)
 
 
-def _subtract_hot(x_CD: Tensor, labels_C: Tensor, hot_C: Tensor, weight_VD: Tensor, gradients: Gradients) -> None:
-    """The one-hot terms of rows whose label's block is too improbable to hold them."""
+def _put_labels(problem: _Problem, chunk: _Chunk, values_C: Tensor) -> None:
+    """Write each row's label's entry of the chunk's memory."""
+    rows, columns = len(chunk.labels_C), problem.columns
+    first_C = chunk.labels_C // columns * columns
+    width_C = (problem.spec.classes - first_C).clamp_(max=columns)
+    place_C = rows * first_C + torch.arange(rows) * width_C + chunk.labels_C - first_C
+    problem.memory[place_C] = values_C.to(problem.memory.dtype)  # scatter_ copies all of it
+
+
+def _add_product(total: Tensor, block: Tensor, x_CD: Tensor, first: bool, matmul: Matmul) -> None:
+    """Add block.T @ x, or set it."""
+    if total.dtype.itemsize == 2:
+        torch.addmm(total, block.t(), x_CD, beta=0 if first else 1, out=total)
+        return
+    add = total.copy_ if first else total.add_
+    add(matmul(block.t(), x_CD.t()))  # unnamed: freed before the next is made
+
+
+def _subtract_hot(x_CD: Tensor, labels_C: Tensor, hot_C: Tensor, gradients: Gradients) -> None:
+    """From dW and db, the one-hot terms of rows whose label's block is too improbable to hold them."""
     own = hot_C.nonzero().squeeze(1)
     labels, hot = labels_C[own], hot_C[own].unsqueeze(1)
-    if gradients.dx_ND is not None:
-        gradients.dx_ND.index_add_(0, own, weight_VD[labels] * hot, alpha=-1)
     if gradients.dw_VD is not None:
-        gradients.dw_VD.index_add_(0, labels, x_CD[own] * hot, alpha=-1)
+        gradients.dw_VD.index_add_(0, labels, (x_CD[own] * hot).to(gradients.dw_VD.dtype), alpha=-1)
     if gradients.db_V is not None:
         gradients.db_V.index_add_(0, labels, hot.squeeze(1), alpha=-1)
 

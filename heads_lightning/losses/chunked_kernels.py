@@ -1,7 +1,7 @@
 """The arithmetic of `chunked`: loss and gradients of a linear cross-entropy in one sweep over chunks of rows, three matrix products in all.
 
 This kernel runs on any device with any type: a chunk of logits is formed, turned into its own gradient a few cached rows at a time (fp32
-maths, rounded once), and multiplied out. chunked_blocks.py holds a faster one for fp32 on CPUs, vocab_parallel.py one for shards.
+maths, rounded once), and multiplied out. chunked_blocks.py holds a faster one for CPUs, vocab_parallel.py one for shards.
 
 With row weight w, class weight c_y and smoothing ε (losses/base.py), the gradient of row i with respect to its logits is
 
@@ -216,7 +216,7 @@ def _logits_to_gradient(
     hot = values.gather(1, label).squeeze(1) * factor - terms.weight_N * terms.hot_N
     if not terms.spread and slope is None:  # one pass: scale and round
         torch.mul(values, factor.unsqueeze(1), out=out)
-        out.scatter_(1, label, hot.to(out.dtype).unsqueeze(1))
+        out[torch.arange(len(labels), device=out.device), labels] = hot.to(out.dtype)  # scatter_ copies all of a bf16 tensor
         return
     values.mul_(factor.unsqueeze(1)).scatter_(1, label, hot.unsqueeze(1))
     if terms.spread:

@@ -8,7 +8,7 @@ from heads_lightning.configs.head import LMLossImplementation
 from heads_lightning.losses import chunked
 from heads_lightning.losses.auto import choose
 from heads_lightning.losses.base import loss_dtype
-from heads_lightning.losses.chunked_blocks import BLOCK_COLUMNS
+from heads_lightning.losses.chunked_blocks import FEW_CHUNKS, block_columns
 from heads_lightning.losses.chunked_kernels import ACCELERATOR_CACHED_BYTES, CACHED_BYTES
 
 
@@ -41,13 +41,31 @@ def _default(n: int, d: int, v: int, dtype: torch.dtype) -> int:
 
 
 def _chunked(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> int:
-    """A chunk of logits and the gradients; in low precision the gradient of the weight is summed in fp32 and rounded in the end."""
+    """A chunk of logits, the gradients, and what is made in passing."""
     rows = chunked.chunk_rows(n, v, d, dtype, device)
+    blocked = device == "cpu" and dtype != torch.float16 and v > block_columns(dtype)
+    blocked &= dtype != torch.bfloat16 or n >= chunked.MIN_BLOCKED_ROWS
+    return (_blocked if blocked else _dense)(n, d, v, dtype, device, rows)
+
+
+def _blocked(n: int, d: int, v: int, dtype: torch.dtype, device: str, rows: int) -> int:
+    """chunked_blocks.blocked: a block of the vocabulary at a time beside the chunk's memory."""
+    size, maths, columns = dtype.itemsize, loss_dtype(dtype).itemsize, block_columns(dtype)
+    sum_of_dx = rows * d * maths
+    if size == maths:
+        return size * (rows * v + n * d + v * d) + sum_of_dx + max(rows * columns, (rows + columns) * d) * size
+    rounded_in_the_end = n > FEW_CHUNKS * rows
+    dw = v * d * (size + maths if rounded_in_the_end else size)
+    in_passing = 0 if rounded_in_the_end else sum_of_dx + (2 * maths + size) * rows * d
+    return size * (rows * v + n * d) + CACHED_BYTES + dw + in_passing
+
+
+def _dense(n: int, d: int, v: int, dtype: torch.dtype, device: str, rows: int) -> int:
+    """chunked_kernels.dense: in low precision, the gradient of the weight is summed in fp32 and rounded in the end."""
     size, maths = dtype.itemsize, loss_dtype(dtype).itemsize
     logits, gradients = rows * v * size, n * d * size
     if size == maths:
-        block = min(v, BLOCK_COLUMNS)
-        return logits + gradients + v * d * size + block * d * size + rows * d * size
+        return logits + gradients + v * d * size
     scratch = CACHED_BYTES if device == "cpu" else ACCELERATOR_CACHED_BYTES
     scratch = min(scratch, rows * v * maths)
     if rows >= n:
