@@ -7,6 +7,8 @@ starts as a copy of a finished empty database kept in the user's cache, and uses
 network file system that log is not safe, and there a tracking server is the better choice).
 """
 
+import gc
+import importlib
 import os
 import re
 import shutil
@@ -151,14 +153,27 @@ def short_timeouts() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def import_client(uri: str) -> None:
+    """Import what `connect` needs for a store at this address."""
+    searched = gc.isenabled()
+    gc.disable()  # a quarter of the time was looking for garbage among two thousand modules
+    try:
+        with short_timeouts():  # telemetry is decided by the import
+            importlib.import_module("mlflow.tracking")
+            if not Store(uri=uri, artifacts=None).on_server:
+                importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+    finally:
+        if searched:
+            gc.enable()
+
+
 def connect(store: Store) -> "MlflowClient":
     """A client of a store that exists or that a server owns; SQLite is opened under its lock."""
+    import_client(store.uri)  # seconds that no other opener should wait for
     from mlflow import MlflowClient
 
     if store.database is None:
         return MlflowClient(store.uri)
-    import mlflow.store.tracking.sqlalchemy_store  # a second of imports that no other opener should wait for  # noqa: F401
-
     store.database.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(Path(f"{store.database}.lock")):
         _start_from_template(store.database, store.artifacts or "")

@@ -45,7 +45,7 @@ from heads_lightning.training.run_folder import (
     read_records,
     write_json,
 )
-from heads_lightning.training.sender_process import SenderProcess
+from heads_lightning.training.sender_process import SenderProcess, start_ahead
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -290,6 +290,18 @@ class FolderRunLog(RunLog):
             self.record("file", path=DIFF, folder="")
 
 
+def open_ahead(tracking: TrackingConfig, *, run_root: Path) -> None:
+    """Start what a run will need that this process opens in a moment: MLflow is imported beside what is imported here until then."""
+    store = store_of(tracking, run_root)
+    if store is not None and is_first_rank():
+        start_ahead(store.uri)
+
+
+def store_of(tracking: TrackingConfig, run_root: Path) -> Store | None:
+    """The MLflow store of a run; None where it has none."""
+    return resolve_store(tracking, run_root) if isinstance(tracking, MLflowConfig) else None
+
+
 def open_run(
     tracking: TrackingConfig,
     *,
@@ -317,7 +329,7 @@ def open_run(
         ConfigError: the address cannot be one of an MLflow store, or the folder holds a run. A store that is down is no error.
     """
     run_dir = run_dir.resolve()
-    store = resolve_store(tracking, run_root) if isinstance(tracking, MLflowConfig) else None
+    store = store_of(tracking, run_root)
     if not is_first_rank():
         return NullRunLog(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -390,6 +402,6 @@ def _record_config(log: FolderRunLog, flat: Mapping[str, str], text: str, before
 
 
 __all__ = [
-    "FolderRunLog", "NullRunLog", "RunLog", "Status", "find_run_dir", "is_first_rank", "last_steps", "open_parent", "open_run",
-    "read_metrics", "reap", "send_later", "status_of",
+    "FolderRunLog", "NullRunLog", "RunLog", "Status", "find_run_dir", "is_first_rank", "last_steps", "open_ahead", "open_parent",
+    "open_run", "read_metrics", "reap", "send_later", "status_of", "store_of",
 ]  # fmt: skip
