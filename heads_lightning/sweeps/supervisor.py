@@ -127,9 +127,7 @@ def _warm_parent(config: ExperimentConfig) -> WarmParent | None:
     return None if _warm.refusal else _warm
 
 
-def _started(
-    parent: WarmParent | None, arguments: list[str], *, log: Path, environment: Mapping[str, str]
-) -> FreshProcess | ForkedProcess:
+def _started(parent: WarmParent | None, arguments: list[str], *, log: Path, environment: Mapping[str, str]) -> FreshProcess | ForkedProcess:
     if parent is not None:
         return ForkedProcess(parent, arguments, log=log, environment=environment)
     return FreshProcess(arguments, log=log, environment=environment)

@@ -8,8 +8,8 @@ How: it reads the folder's JSON lines from where it stopped, sends them with `lo
 time stamps and a store keeps one copy of an equal point, so sending again after a crash repeats nothing. What cannot be sent stays where
 it is, in the folder; the same command sends it later.
 
-It follows the training process through its standard input: the first line names the run folder, then a byte means "look now", and the end of
-the stream means "training is over". On its standard output it tells, one JSON object a line, what the training process should show.
+It follows the training process through its standard input: the first line names the run folder, then a byte means "look now", and the
+end of the stream means "training is over". On its standard output it tells, one JSON object a line, what the training process should show.
 """
 
 import argparse
@@ -29,8 +29,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_run import MlflowRun, NotSent, Unsent, read_header, stored_address
-from heads_lightning.training.mlflow_store import Store, file_lock, import_client, short_timeouts, store_at
+from heads_lightning.training.file_lock import file_lock
+from heads_lightning.training.mlflow_calls import NotSent
+from heads_lightning.training.mlflow_header import read_header
+from heads_lightning.training.mlflow_opening import import_client, short_timeouts
+from heads_lightning.training.mlflow_run import MlflowRun, Unsent
+from heads_lightning.training.mlflow_store import Store, store_at
 from heads_lightning.training.run_folder import LOG, SYSTEM, JsonLines, Point, point_record
 
 if TYPE_CHECKING:
@@ -209,7 +213,7 @@ def send_later(run_dir: Path, *, uri: str | None = None) -> Unsent:
 def open_folder(run_dir: Path, uri: str | None, tell: Callable[..., None]) -> MlflowRun:
     """The copy of a run folder, in its own store or in `uri`."""
     header = read_header(run_dir)
-    store = store_at(uri, run_dir.parent) if uri else stored_address(header.store)
+    store = store_at(uri, run_dir.parent) if uri else header.store
     if header.artifacts is not None and not store.on_server:
         store = store._replace(artifacts=header.artifacts)
     return MlflowRun(run_dir, store=store, say=lambda text: tell("warning", text=text))

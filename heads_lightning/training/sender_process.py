@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import heads_lightning
-from heads_lightning.training.mlflow_store import import_client
+from heads_lightning.training.mlflow_opening import import_client
 from heads_lightning.training.mlflow_sync import ADDRESS_VARIABLE, follow
 from heads_lightning.training.run_folder import LOG
 
