@@ -16,9 +16,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
+from heads_lightning.sweeps.warm import ONE_THREAD
 from heads_lightning.training.mlflow_calls import Calls, NotSent
 from heads_lightning.training.mlflow_opening import connect, experiment_id
 from heads_lightning.training.mlflow_run import MlflowRun
@@ -31,10 +33,12 @@ RUN = """
 import sys, time
 from pathlib import Path
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.tracking import open_run
+from heads_lightning.training.tracking import open_ahead, open_run
 
 root, name, ending = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = MLflowConfig(flush_seconds=0.5)
+if name.startswith("ahead"):
+    open_ahead(config, run_root=root)
 with open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml=f"name: {name}") as log:
     for step in range(1, 201):
         log.log_metrics({"loss": 1 / step, "b": 2.0}, step=step, tokens=step * 10)
@@ -87,9 +91,9 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
 
 
 def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path: Path) -> None:
-    signals = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}
+    signals = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL, "ahead-sigkill": signal.SIGKILL}
     processes = {name: start(tmp_path, name, "wait") for name in signals}
-    processes |= {name: start(tmp_path, name, name) for name in ("normal", "exception")}
+    processes |= {name: start(tmp_path, name, name) for name in ("ahead-normal", "exception")}
     for name, number in signals.items():
         stdout = processes[name].stdout
         assert stdout is not None
@@ -97,10 +101,10 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
         os.kill(processes[name].pid, number)  # at once: the sender is still importing MLflow
     errors = {name: process.communicate(timeout=300)[1] for name, process in processes.items()}
     assert {name: process.returncode for name, process in processes.items()} == {
-        "normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9,
+        "ahead-normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9, "ahead-sigkill": -9,
     }, errors  # fmt: skip
     client = client_of(tmp_path)
-    expected = {"normal": "FINISHED", "exception": "FAILED", "ctrl-c": "KILLED", "sigterm": "KILLED", "sigkill": "KILLED"}
+    expected = {"ahead-normal": "FINISHED", "exception": "FAILED"} | dict.fromkeys(signals, "KILLED")
     # nobody waits for the senders of the two that died without a word
     wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == expected)
     for name, run in runs(client).items():
@@ -109,12 +113,67 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
         assert run.data.params == {"name": name}
         assert len(run.data.tags["config_sha256"]) == 64
         assert "config.yaml" in {file.path for file in client.list_artifacts(run.info.run_id)}
-        if name not in ("sigterm", "sigkill"):  # those were killed before git had answered and a sample was due
+        if name not in ("sigterm", "sigkill", "ahead-sigkill"):  # those were killed before git had answered and a sample was due
             assert run.data.tags["mlflow.source.name"] == f"-c {tmp_path} {name} {'wait' if name in signals else name}"
             assert "provenance.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
             assert "system/cpu_utilization_percentage" in run.data.metrics
         assert find_run_dir(run.info.run_id, tmp_path) == tmp_path / name
     assert sqlite3.connect(tmp_path / "mlflow.db").execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+import psutil
+from heads_lightning.configs.tracking import MLflowConfig
+from heads_lightning.training.sender_process import import_to_fork
+from heads_lightning.training.tracking import open_ahead, open_run, store_of
+
+root, config = Path(sys.argv[1]), MLflowConfig(flush_seconds=0.5, system_metrics=False)
+import_to_fork(store_of(config, root).uri)
+for name in ("normal", "sigkill"):
+    held = (root / f"{name}.held").open("w")  # what a fork must not keep open
+    pid = os.fork()
+    if pid == 0:
+        open_ahead(config, run_root=root)
+        log = open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml="")
+        (sender,) = psutil.Process().children()
+        print(sender.cmdline() == psutil.Process().cmdline(), any("held" in file.path for file in sender.open_files()), flush=True)
+        for step in range(1, 201):
+            log.log_metrics({"loss": 1 / step}, step=step)
+        if name == "sigkill":
+            log.wait_for_run_id(60)
+            os.kill(os.getpid(), 9)
+        log.finish()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cells are forked on Linux alone")
+def test_a_process_that_has_imported_mlflow_forks_its_senders(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", FORKS, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "False", "0", "True", "False", "-9"], done
+    client = client_of(tmp_path)
+    wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == {"normal": "FINISHED", "sigkill": "KILLED"})
+    assert all(steps(client, run.info.run_id) == list(range(1, 201)) for run in runs(client).values())
+
+
+def test_a_sender_whose_run_is_never_opened_ends_with_its_process(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import psutil
+from heads_lightning.configs.tracking import MLflowConfig
+from heads_lightning.training.tracking import open_ahead
+open_ahead(MLflowConfig(), run_root=Path(sys.argv[1]))
+print(psutil.Process().children()[0].pid)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
+    assert list(tmp_path.iterdir()) == []
+    assert done.stderr == ""
 
 
 def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) -> None:
@@ -127,6 +186,7 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
             log.log_metrics({"loss": step, "odd@name": 1.0, "bad": float("inf") if step in (3, 4) else 1.0}, step=step)
         log.log_text("samples/a.txt", "text")
         first = log.wait_for_run_id(60)
+        check_manners(log.run_dir)
         client = client_of(tmp_path)
         assert client.get_run(first).info.status == "RUNNING"
     with open_tracked(tmp_path, "0", **options, config_flat={"seed": "1", "long": "x" * 7000, "a@b": "c"}, resume=True) as log:
@@ -157,6 +217,16 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
     (child / "mlflow_sent.json").unlink()
     assert send_later(child) == (0, 0)
     assert steps(client, run.info.run_id) == list(range(1, 16))
+
+
+def check_manners(run_dir: Path) -> None:
+    """The sender gives way to training: of low priority where that counts, in its session, and out of reach of Ctrl-C."""
+    with open(run_dir / ".mlflow.log.lock", "rb") as lock:
+        found = [p for p in psutil.Process().children() if lock.name in {file.path for file in p.open_files()}]
+    (sender,) = found
+    assert sender.nice() == psutil.Process().nice() + 10
+    assert os.getsid(sender.pid) == os.getsid(0)
+    assert os.getpgid(sender.pid) == sender.pid
 
 
 def test_a_store_that_is_down_from_start_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
