@@ -7,7 +7,6 @@ from pathlib import Path
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.training.attempts import continued, is_restart, requeue, set_aside
 from heads_lightning.training.process import REQUEUE_SIGNALS, is_first_rank
-from heads_lightning.training.tracking import open_ahead
 
 
 def run(config: ExperimentConfig, run_dir: Path) -> float | None:
@@ -18,6 +17,8 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
         if is_first_rank():
             set_aside(run_dir)
         config = continued(config, run_dir)
+    from heads_lightning.training.tracking import open_ahead
+
     open_ahead(config.tracking, run_root=Path(config.run_root))
     from heads_lightning.run import train
     from heads_lightning.training.saving import Interrupted

@@ -23,7 +23,6 @@ from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus
 from heads_lightning.sweeps.warm import WarmParent
 from heads_lightning.training.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
-from heads_lightning.training.tracking import store_of
 
 STOP_FILE = ".stop"
 """In a sweep's folder: start no further cell."""
@@ -118,6 +117,8 @@ _warm: WarmParent | None = None
 
 def _warm_parent(config: ExperimentConfig) -> WarmParent | None:
     """The parent of this process's cells; None where they cannot be forked."""
+    from heads_lightning.training.tracking import store_of
+
     global _warm
     if _warm is None:
         store = store_of(config.tracking, Path(config.run_root))
