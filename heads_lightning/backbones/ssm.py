@@ -140,27 +140,36 @@ class S4D(nn.Module):
             )
         return discretise(self.log_step, self.A_re, self.A_im, self.C, self.D)
 
-    def forward(self, u_BSD: Tensor, *, form: Convolution, segments_BS: Tensor | None = None, reverse: bool = False) -> Tensor:
-        """y of every position from those before it (`reverse`: after it) in its segment, in the type of the input."""
-        with torch.autocast(u_BSD.device.type, enabled=False):
-            y_BSD = convolve(u_BSD.to(self.D.dtype), self.system(), form=form, segments_BS=segments_BS, reverse=reverse)
-            return y_BSD.to(u_BSD.dtype)
-
-    def read_on(self, u_BSD: Tensor, state: State, *, form: Convolution, segments_BS: Tensor | None, same_BS: Tensor | None) -> Tensor:
-        """The same for positions that follow those in `state`, which is brought forward.
+    def forward(
+        self,
+        u_BSD: Tensor,
+        *,
+        form: Convolution,
+        segments_BS: Tensor | None = None,
+        reverse: bool = False,
+        state: State | None = None,
+        same_BS: Tensor | None = None,
+    ) -> Tensor:
+        """y of every position from those before it (`reverse`: after it) in its segment, in the type of the input.
 
         Args:
+            state: of earlier positions, which those of the input follow; brought forward. Not with `reverse`.
             same_BS: bool, positions in the segment of the state. None: all.
         """
         with torch.autocast(u_BSD.device.type, enabled=False):
             exact_BSD = u_BSD.to(self.D.dtype)
-            if state.step is None:
-                state.step = Step.of(self.system(), self.D.dtype)
-            if u_BSD.shape[1] == 1:
-                y_BSD = state.advance(exact_BSD, same_BS)
+            if state is None:
+                y_BSD = convolve(exact_BSD, self.system(), form=form, segments_BS=segments_BS, reverse=reverse)
             else:
-                y_BSD = state.advance_many(exact_BSD, self.system(), form=form, segments_BS=segments_BS, same_BS=same_BS)
+                y_BSD = self._read_on(exact_BSD, state, form=form, segments_BS=segments_BS, same_BS=same_BS)
             return y_BSD.to(u_BSD.dtype)
+
+    def _read_on(self, u_BSD: Tensor, state: State, *, form: Convolution, segments_BS: Tensor | None, same_BS: Tensor | None) -> Tensor:
+        if state.step is None:
+            state.step = Step.of(self.system(), self.D.dtype)
+        if u_BSD.shape[1] == 1:
+            return state.advance(u_BSD, same_BS)
+        return state.advance_many(u_BSD, self.system(), form=form, segments_BS=segments_BS, same_BS=same_BS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- convolution
