@@ -136,13 +136,14 @@ for name in ("normal", "sigkill"):
     pid = os.fork()
     if pid == 0:
         open_ahead(config, run_root=root)
-        log = open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml="")
         (sender,) = psutil.Process().children()
-        print(sender.cmdline() == psutil.Process().cmdline(), any("held" in file.path for file in sender.open_files()), flush=True)
+        log = open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml="")
+        assert log.wait_for_run_id(60)
+        opened = {Path(file.path).name for file in sender.open_files()}
+        print(sender.cmdline() == psutil.Process().cmdline(), ".mlflow.log.lock" in opened, f"{name}.held" in opened, flush=True)
         for step in range(1, 201):
             log.log_metrics({"loss": 1 / step}, step=step)
         if name == "sigkill":
-            log.wait_for_run_id(60)
             os.kill(os.getpid(), 9)
         log.finish()
         os._exit(0)
@@ -154,7 +155,7 @@ for name in ("normal", "sigkill"):
 def test_a_process_that_has_imported_mlflow_forks_its_senders(tmp_path: Path) -> None:
     line = [sys.executable, "-c", FORKS, str(tmp_path)]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=120, check=True)
-    assert done.stdout.split() == ["True", "False", "0", "True", "False", "-9"], done
+    assert done.stdout.split() == ["True", "True", "False", "0", "True", "True", "False", "-9"], done
     client = client_of(tmp_path)
     wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == {"normal": "FINISHED", "sigkill": "KILLED"})
     assert all(steps(client, run.info.run_id) == list(range(1, 201)) for run in runs(client).values())
