@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones.fourier import fft_convolution
 from heads_lightning.configs.layers import Convolution
+from heads_lightning.precision import widest_float
 from heads_lightning.registry import RunError
 
 LEAST_DECAY = 1e-4
@@ -88,7 +89,7 @@ class System(NamedTuple):
 
 def discretise(log_step: Tensor, A_re: Tensor, A_im: Tensor, C: Tensor, D: Tensor) -> System:
     """Zero-order hold with B = 1. log_step and D [1], A_re and A_im [M], C [M, 2] (real and imaginary part)."""
-    exact = torch.float32 if log_step.device.type == "mps" else torch.float64
+    exact = widest_float(log_step.device)
     dt, im = log_step.to(exact).exp(), A_im.to(exact)
     re = A_re.to(exact).clamp(max=-LEAST_DECAY)
     rate = Pair(dt * re, dt * im)
