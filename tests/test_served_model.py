@@ -19,7 +19,8 @@ from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.evaluation.continuation import continuation
 from heads_lightning.registry import ConfigError
 from heads_lightning.served_model import signature_of
-from heads_lightning.training.mlflow_store import connect, resolve_store
+from heads_lightning.training.mlflow_opening import connect
+from heads_lightning.training.mlflow_store import resolve_store
 from heads_lightning.training.tracking import send_later
 
 RUN = [*(o for o in TINY if o != "tracking=none"), "tracking.log_model=true", "tracking.system_metrics=false"]

@@ -14,7 +14,9 @@ from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.training import provenance
 from heads_lightning.training.mlflow_limits import allowed_name, cut
-from heads_lightning.training.mlflow_store import Store, find_run_dir, on_local_disk, resolve_store, ui_command
+from heads_lightning.training.mlflow_lookup import find_run_dir
+from heads_lightning.training.mlflow_opening import on_local_disk
+from heads_lightning.training.mlflow_store import Store, resolve_store, ui_command
 from heads_lightning.training.run_folder import METRICS, JsonLines, Point, point_record, read_lines, read_metrics, read_records, write_json
 from heads_lightning.training.system_metrics import SystemMetrics, parse_nvidia_smi
 from heads_lightning.training.tracking import FolderRunLog, NullRunLog, RunLog, is_first_rank, open_run, status_of

@@ -3,21 +3,29 @@
 import logging
 import os
 import pwd
+import random
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.mlflow_store import Store, connect, experiment_id, resolve_store
+from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
+from heads_lightning.sweeps.warm import ONE_THREAD
+from heads_lightning.training.mlflow_calls import Calls, NotSent
+from heads_lightning.training.mlflow_opening import connect, experiment_id
+from heads_lightning.training.mlflow_run import MlflowRun
+from heads_lightning.training.mlflow_sqlite import Value, add_values, known_tables
+from heads_lightning.training.mlflow_store import Store, resolve_store
 from heads_lightning.training.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
 from heads_lightning.training.tracking import RunLog, find_run_dir, open_parent, open_run, reap, send_later
 
@@ -25,10 +33,12 @@ RUN = """
 import sys, time
 from pathlib import Path
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.tracking import open_run
+from heads_lightning.training.tracking import open_ahead, open_run
 
 root, name, ending = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = MLflowConfig(flush_seconds=0.5)
+if name.startswith("ahead"):
+    open_ahead(config, run_root=root)
 with open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml=f"name: {name}") as log:
     for step in range(1, 201):
         log.log_metrics({"loss": 1 / step, "b": 2.0}, step=step, tokens=step * 10)
@@ -81,9 +91,9 @@ def wait_for(condition: Any, seconds: float = 60.0) -> None:
 
 
 def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path: Path) -> None:
-    signals = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL}
+    signals = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL, "ahead-sigkill": signal.SIGKILL}
     processes = {name: start(tmp_path, name, "wait") for name in signals}
-    processes |= {name: start(tmp_path, name, name) for name in ("normal", "exception")}
+    processes |= {name: start(tmp_path, name, name) for name in ("ahead-normal", "exception")}
     for name, number in signals.items():
         stdout = processes[name].stdout
         assert stdout is not None
@@ -91,10 +101,10 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
         os.kill(processes[name].pid, number)  # at once: the sender is still importing MLflow
     errors = {name: process.communicate(timeout=300)[1] for name, process in processes.items()}
     assert {name: process.returncode for name, process in processes.items()} == {
-        "normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9,
+        "ahead-normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9, "ahead-sigkill": -9,
     }, errors  # fmt: skip
     client = client_of(tmp_path)
-    expected = {"normal": "FINISHED", "exception": "FAILED", "ctrl-c": "KILLED", "sigterm": "KILLED", "sigkill": "KILLED"}
+    expected = {"ahead-normal": "FINISHED", "exception": "FAILED"} | dict.fromkeys(signals, "KILLED")
     # nobody waits for the senders of the two that died without a word
     wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == expected)
     for name, run in runs(client).items():
@@ -103,14 +113,68 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
         assert run.data.params == {"name": name}
         assert len(run.data.tags["config_sha256"]) == 64
         assert "config.yaml" in {file.path for file in client.list_artifacts(run.info.run_id)}
-        if name not in ("sigterm", "sigkill"):  # those were killed before git had answered and a sample was due
+        if name not in ("sigterm", "sigkill", "ahead-sigkill"):  # those were killed before git had answered and a sample was due
             assert run.data.tags["mlflow.source.name"] == f"-c {tmp_path} {name} {'wait' if name in signals else name}"
             assert "provenance.json" in {file.path for file in client.list_artifacts(run.info.run_id)}
             assert "system/cpu_utilization_percentage" in run.data.metrics
         assert find_run_dir(run.info.run_id, tmp_path) == tmp_path / name
-    import sqlite3
-
     assert sqlite3.connect(tmp_path / "mlflow.db").execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+FORKS = """
+import os, sys
+from pathlib import Path
+import psutil
+from heads_lightning.configs.tracking import MLflowConfig
+from heads_lightning.training.sender_process import import_to_fork
+from heads_lightning.training.tracking import open_ahead, open_run, store_of
+
+root, config = Path(sys.argv[1]), MLflowConfig(flush_seconds=0.5, system_metrics=False)
+import_to_fork(store_of(config, root).uri)
+for name in ("normal", "sigkill"):
+    held = (root / f"{name}.held").open("w")  # what a fork must not keep open
+    pid = os.fork()
+    if pid == 0:
+        open_ahead(config, run_root=root)
+        (sender,) = psutil.Process().children()
+        log = open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml="")
+        assert log.wait_for_run_id(60)
+        opened = {Path(file.path).name for file in sender.open_files()}
+        print(sender.cmdline() == psutil.Process().cmdline(), ".mlflow.log.lock" in opened, f"{name}.held" in opened, flush=True)
+        for step in range(1, 201):
+            log.log_metrics({"loss": 1 / step}, step=step)
+        if name == "sigkill":
+            os.kill(os.getpid(), 9)
+        log.finish()
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="cells are forked on Linux alone")
+def test_a_process_that_has_imported_mlflow_forks_its_senders(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", FORKS, str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "True", "False", "0", "True", "True", "False", "-9"], done
+    client = client_of(tmp_path)
+    wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == {"normal": "FINISHED", "sigkill": "KILLED"})
+    assert all(steps(client, run.info.run_id) == list(range(1, 201)) for run in runs(client).values())
+
+
+def test_a_sender_whose_run_is_never_opened_ends_with_its_process(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+import psutil
+from heads_lightning.configs.tracking import MLflowConfig
+from heads_lightning.training.tracking import open_ahead
+open_ahead(MLflowConfig(), run_root=Path(sys.argv[1]))
+print(psutil.Process().children()[0].pid)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
+    assert list(tmp_path.iterdir()) == []
+    assert done.stderr == ""
 
 
 def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) -> None:
@@ -123,6 +187,7 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
             log.log_metrics({"loss": step, "odd@name": 1.0, "bad": float("inf") if step in (3, 4) else 1.0}, step=step)
         log.log_text("samples/a.txt", "text")
         first = log.wait_for_run_id(60)
+        check_manners(log.run_dir)
         client = client_of(tmp_path)
         assert client.get_run(first).info.status == "RUNNING"
     with open_tracked(tmp_path, "0", **options, config_flat={"seed": "1", "long": "x" * 7000, "a@b": "c"}, resume=True) as log:
@@ -153,6 +218,16 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
     (child / "mlflow_sent.json").unlink()
     assert send_later(child) == (0, 0)
     assert steps(client, run.info.run_id) == list(range(1, 16))
+
+
+def check_manners(run_dir: Path) -> None:
+    """The sender gives way to training: of low priority where that counts, in its session, and out of reach of Ctrl-C."""
+    with open(run_dir / ".mlflow.log.lock", "rb") as lock:
+        found = [p for p in psutil.Process().children() if lock.name in {file.path for file in p.open_files()}]
+    (sender,) = found
+    assert sender.nice() == psutil.Process().nice() + 10
+    assert os.getsid(sender.pid) == os.getsid(0)
+    assert os.getpgid(sender.pid) == sender.pid
 
 
 def test_a_store_that_is_down_from_start_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,6 +262,74 @@ def test_runs_of_dead_machines_are_reaped(tmp_path: Path) -> None:
     ids["foreign"] = client.create_run(experiment, run_name="foreign").info.run_id
     assert reap(tmp_path) == [ids["dead"]]
     assert {name: client.get_run(i).info.status for name, i in ids.items()} == {"dead": "KILLED", "alive": "RUNNING", "foreign": "RUNNING"}
+
+
+def sent(root: Path, name: str, batches: list[list[Value]]) -> tuple[set[Any], set[Any]]:
+    """Rows of a new run's points and of its newest ones, sent as `name` says."""
+    from mlflow.entities import Metric
+
+    store = resolve_store(MLflowConfig(), root, {})
+    calls = Calls(root, store=store, say=print)
+    calls.run_id = calls.client.create_run("0", run_name=name).info.run_id
+    for batch in batches:
+        if name == "sqlite":
+            assert store.database is not None
+            assert add_values(store.database, calls.run_id, batch)
+        else:
+            calls.batch(metrics=[Metric(*value) for value in batch])
+    with closing(sqlite3.connect(root / "mlflow.db")) as connection:
+        columns = "key, value, timestamp, step, is_nan, typeof(value), typeof(timestamp), typeof(step), typeof(is_nan)"
+        points, newest = (
+            connection.execute(f"SELECT {columns} FROM {table} WHERE run_uuid = ?", (calls.run_id,)).fetchall()
+            for table in ("metrics", "latest_metrics")
+        )
+    assert len(points) == len(set(points))
+    return set(points), set(newest)
+
+
+def test_points_leave_the_rows_that_mlflow_would_leave(tmp_path: Path) -> None:
+    """In both tables, whatever the order, the repetition and the ties."""
+    draw = random.Random(0)
+    numbers = [0.0, -0.0, 1.5, -2.0, 3.0, 5e-324, 1.7976931348623157e308, 0.1, 7.0]
+    values = [Value(draw.choice("abc"), draw.choice(numbers), draw.randrange(3), draw.randrange(-1, 4)) for _ in range(300)]
+    batches = [values[i : i + 30] for i in range(0, 300, 30)]
+    found = sent(tmp_path, "sqlite", batches)
+    assert found == sent(tmp_path, "mlflow", batches)
+    assert len(found[0]) > 100
+    assert len(found[1]) == 3
+
+
+def test_points_go_through_mlflow_where_it_has_other_tables_or_would_refuse(tmp_path: Path) -> None:
+    with open_run(NoTrackingConfig(), run_dir=tmp_path / "run", run_root=tmp_path, name="run", config_flat={}, config_yaml="") as log:
+        store = resolve_store(MLflowConfig(), tmp_path, {})
+        copy = MlflowRun(tmp_path / "run", store=store, say=print)
+        copy.attach(live=True)
+        assert store.database is not None
+        assert known_tables(store.database)
+        for step in (1, 2):  # the first goes through MLflow, which judges the name
+            log.log_metrics({"loss": step}, step=step)
+            copy.send()
+        client = client_of(tmp_path)
+        client.delete_run(copy.run_id)
+        log.log_metrics({"loss": 3}, step=3)
+        with pytest.raises(NotSent, match="deleted"):
+            copy.send()
+        client.restore_run(copy.run_id)
+        with closing(sqlite3.connect(store.database)) as connection:
+            connection.execute("ALTER TABLE metrics ADD COLUMN later INTEGER DEFAULT 0")
+        assert not known_tables(store.database)
+        again = MlflowRun(tmp_path / "run", store=store, say=print)
+        again.attach(live=True)
+        log.log_metrics({"loss": 4}, step=4)
+        again.send()
+        store.database.rename(tmp_path / "moved.db")
+        log.log_metrics({"loss": 5}, step=5)
+        with pytest.raises(NotSent):
+            copy.send()
+        assert not store.database.exists()
+        (tmp_path / "moved.db").rename(store.database)
+        copy.send()
+    assert steps(client, copy.run_id) == [1, 2, 3, 4, 5]
 
 
 def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@
 
 Both train the same model from the same weights on the same batches with the same loss, optimizer, precision and clipping. Rounds of the two
 alternate in one process; the figure is the median of the ratios of neighbouring rounds. The physical limit is the loop by hand: 1.00.
+Steps are compared, not starts: the run is in MLflow before its first step, as that of `train` is, whose sender imports beside torch
+(first_step.py shows it).
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ def by_toolkit(config: ExperimentConfig, steps: int, folder: Path) -> float:
     with open_run(
         config.tracking, run_dir=folder, run_root=folder.parent, name="bench", config_flat=flatten(config), config_yaml=text
     ) as log:
+        log.wait_for_run_id(60)
         metrics = MetricsCallback(
             lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
             every_steps=config.trainer.log_every_steps,

@@ -12,7 +12,8 @@ from heads_lightning.commands.arguments import read
 from heads_lightning.commands.show import table
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_store import LOCK_SECONDS, file_lock, resolve_store
+from heads_lightning.training.file_lock import file_lock
+from heads_lightning.training.mlflow_store import resolve_store
 from heads_lightning.training.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
 
 SILENT_SECONDS = 120.0
@@ -111,7 +112,8 @@ def _reap(root: Path, found: Sequence[Run]) -> int:
 
 def _reap_store(root: Path) -> None:
     """Runs of the MLflow store that show no sign of life: those of machines that are gone, whose folders may not be here."""
-    from heads_lightning.training.mlflow_store import reap, short_timeouts
+    from heads_lightning.training.mlflow_lookup import reap
+    from heads_lightning.training.mlflow_opening import short_timeouts
 
     store = resolve_store(MLflowConfig(), root)
     if store.database is not None and not store.database.exists():
@@ -127,13 +129,13 @@ def _reap_store(root: Path) -> None:
 
 def _sent(run: Run) -> str:
     """Bring MLflow up to date where the folder says that there is a run; what came of it, for the line."""
-    from heads_lightning.training.mlflow_run import read_header
+    from heads_lightning.training.mlflow_header import read_header
     from heads_lightning.training.tracking import send_later
 
     if read_header(run.folder).uri is None:
         return ""
     try:
-        with file_lock(run.folder / f".{LOG}.lock", seconds=min(5.0, LOCK_SECONDS)):
+        with file_lock(run.folder / f".{LOG}.lock", seconds=5.0):
             pass  # the run's own sender has ended
         left = send_later(run.folder)
     except (ConfigError, TimeoutError) as error:

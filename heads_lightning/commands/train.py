@@ -17,6 +17,9 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
         if is_first_rank():
             set_aside(run_dir)
         config = continued(config, run_dir)
+    from heads_lightning.training.tracking import open_ahead
+
+    open_ahead(config.tracking, run_root=Path(config.run_root))
     from heads_lightning.run import train
     from heads_lightning.training.saving import Interrupted
 

@@ -21,6 +21,7 @@ from heads_lightning.registry import ConfigError, RunError
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.training.attempts import continued, set_aside
 from heads_lightning.training.process import is_first_rank, status_of
+from heads_lightning.training.tracking import open_ahead
 
 CLAIMED = 75
 """Exit code of a process that found the cell taken or finished (EX_TEMPFAIL: nothing is wrong, it is for somebody else)."""
@@ -86,11 +87,12 @@ def _report(action: Any) -> tuple[int, str, State]:
 
 def _train(ledger: Ledger, entry: Entry) -> dict[str, float]:
     """Train in the cell's folder, from its newest checkpoint where it has one; returns the last value of every metric."""
-    from heads_lightning.run import train
-
     run_dir = ledger.sweep_dir / entry.folder
     config = continued(from_yaml(ledger.config_file(entry.hash)), run_dir)
     config = replace(config, name=f"{config.name}-{entry.number}")
+    open_ahead(config.tracking, run_root=Path(config.run_root))
+    from heads_lightning.run import train
+
     result = train(config, run_dir, parent=str(ledger.sweep_dir), callbacks=_callbacks(ledger, entry, config))
     return result.metrics | (result.report.metrics() if result.report else {})
 

@@ -138,7 +138,7 @@ def page(sweep_dir: Path, comparison: Comparison) -> str:
 
 def report(sweep_dir: Path) -> str:
     """The table as text after drawing anew; the sweep's MLflow run gets the pictures too, where its store is at hand."""
-    from heads_lightning.training.mlflow_run import read_header
+    from heads_lightning.training.mlflow_header import read_header
     from heads_lightning.training.run_folder import EVENTS, JsonLines, event
     from heads_lightning.training.tracking import send_later
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_store import file_lock
+from heads_lightning.training.file_lock import file_lock
 from heads_lightning.training.run_folder import JsonLines, read_records
 
 FILE = "ledger.jsonl"

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from heads_lightning.composition.saved import from_yaml
+from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.sweeps.cell import CLAIMED, PROGRAM
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus
@@ -40,8 +41,10 @@ def run_cell(sweep_dir: Path, identity: str, *, warm: bool, fail_fast: bool) -> 
     log = ledger.log_file(entry)
     log.parent.mkdir(parents=True, exist_ok=True)
     _say(f"cell {entry.number} {entry.label}\n    log: {log}")
-    with own_gpus(from_yaml(ledger.config_file(identity))) as own:
-        process = _started([str(sweep_dir), identity], log=log, environment={**os.environ, **own}, warm=warm)
+    config = from_yaml(ledger.config_file(identity))
+    with own_gpus(config) as own:
+        parent = _warm_parent(config) if warm else None
+        process = _started(parent, [str(sweep_dir), identity], log=log, environment={**os.environ, **own})
         with _signals_passed_on(process) as received:
             code = process.wait()
     if is_first_rank() and code != CLAIMED:
@@ -112,14 +115,22 @@ _warm: WarmParent | None = None
 """The warm parent of this process, which serves every cell that runs in it."""
 
 
-def _started(arguments: list[str], *, log: Path, environment: Mapping[str, str], warm: bool) -> FreshProcess | ForkedProcess:
+def _warm_parent(config: ExperimentConfig) -> WarmParent | None:
+    """The parent of this process's cells; None where they cannot be forked."""
+    from heads_lightning.training.tracking import store_of
+
     global _warm
-    if warm and _warm is None:
-        _warm = WarmParent()
+    if _warm is None:
+        store = store_of(config.tracking, Path(config.run_root))
+        _warm = WarmParent(uri=store.uri if store else None)
         if _warm.refusal:
             _say(f"every cell starts an interpreter of its own: {_warm.refusal}")
-    if warm and _warm is not None and not _warm.refusal:
-        return ForkedProcess(_warm, arguments, log=log, environment=environment)
+    return None if _warm.refusal else _warm
+
+
+def _started(parent: WarmParent | None, arguments: list[str], *, log: Path, environment: Mapping[str, str]) -> FreshProcess | ForkedProcess:
+    if parent is not None:
+        return ForkedProcess(parent, arguments, log=log, environment=environment)
     return FreshProcess(arguments, log=log, environment=environment)
 
 

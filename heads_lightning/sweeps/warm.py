@@ -20,20 +20,27 @@ from typing import Any
 from heads_lightning.composition.store import prepare_store
 from heads_lightning.composition.validation import available_gpus
 from heads_lightning.sweeps.cell import PROGRAM, end_with_parent, main
+from heads_lightning.training.mlflow_sync import ADDRESS_VARIABLE
+from heads_lightning.training.sender_process import import_to_fork
+
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""Environment in which imports start no thread: OpenBLAS (numpy) has a pool, the allocator of Arrow (pandas, for MLflow) a helper."""
 
 
 class WarmParent:
     """The caller's end. `refusal` says why cells cannot be forked here; empty where they can."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, uri: str | None) -> None:
+        """Args:
+        uri: MLflow store that the cells are copied to; None where they are not.
+        """
         self.refusal = _refusal_of_machine()
         self._process: subprocess.Popen[str] | None = None
         if not self.refusal:
-            self._start()
+            self._start({} if uri is None else {ADDRESS_VARIABLE: uri})
 
-    def _start(self) -> None:
-        # numpy's OpenBLAS starts its pool when it is imported; one thread is no pool
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    def _start(self, address: Mapping[str, str]) -> None:
+        environment = {**os.environ, **ONE_THREAD, **address}
         command = [sys.executable, "-m", PROGRAM, "--serve"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -109,6 +116,8 @@ def _import_all() -> None:
     for name in USUAL:
         importlib.import_module(name)
     prepare_store()
+    if ADDRESS_VARIABLE in os.environ:
+        import_to_fork(os.environ[ADDRESS_VARIABLE])
     gc.freeze()  # what is here is never garbage: a cell would look through it, and copy its pages by doing so
 
 

@@ -8,8 +8,8 @@ How: it reads the folder's JSON lines from where it stopped, sends them with `lo
 time stamps and a store keeps one copy of an equal point, so sending again after a crash repeats nothing. What cannot be sent stays where
 it is, in the folder; the same command sends it later.
 
-It follows the training process through its standard input: a byte means "look now", the end of the stream means "training is over". On its
-standard output it tells, one JSON object a line, what the training process should show.
+It follows the training process through its standard input: the first line names the run folder, then a byte means "look now", and the
+end of the stream means "training is over". On its standard output it tells, one JSON object a line, what the training process should show.
 """
 
 import argparse
@@ -29,8 +29,12 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_run import MlflowRun, NotSent, Unsent, read_header, stored_address
-from heads_lightning.training.mlflow_store import Store, file_lock, short_timeouts, store_at
+from heads_lightning.training.file_lock import file_lock
+from heads_lightning.training.mlflow_calls import NotSent
+from heads_lightning.training.mlflow_header import read_header
+from heads_lightning.training.mlflow_opening import import_client, short_timeouts
+from heads_lightning.training.mlflow_run import MlflowRun, Unsent
+from heads_lightning.training.mlflow_store import Store, store_at
 from heads_lightning.training.run_folder import LOG, SYSTEM, JsonLines, Point, point_record
 
 if TYPE_CHECKING:
@@ -156,9 +160,6 @@ class Sender:
                 # from here on training comes first where processors are short; the imports before it would starve at this priority
                 with suppress(OSError, AttributeError):
                     os.nice(10)
-                # a third of a value's cost was looking for garbage among what was imported, and after every few rows of a batch
-                gc.freeze()
-                gc.set_threshold(50_000)
             self._tell("attached", run_id=self.run.run_id, experiment_id=self.run.experiment_id)
 
     def _warn(self, reason: str) -> None:
@@ -212,37 +213,53 @@ def send_later(run_dir: Path, *, uri: str | None = None) -> Unsent:
 def open_folder(run_dir: Path, uri: str | None, tell: Callable[..., None]) -> MlflowRun:
     """The copy of a run folder, in its own store or in `uri`."""
     header = read_header(run_dir)
-    store = store_at(uri, run_dir.parent) if uri else stored_address(header.store)
+    store = store_at(uri, run_dir.parent) if uri else header.store
     if header.artifacts is not None and not store.on_server:
         store = store._replace(artifacts=header.artifacts)
     return MlflowRun(run_dir, store=store, say=lambda text: tell("warning", text=text))
 
 
-def main() -> int:
-    """Command line of the process."""
-    parser = argparse.ArgumentParser(prog="python -m heads_lightning.training.mlflow_sync", description="Send a run folder to MLflow.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--uri", help="another store than the run's own")
-    parser.add_argument("--follow", type=int, metavar="PID", help="follow the training process PID, which talks on standard input")
-    options = parser.parse_args()
-    if options.follow is None:
-        return _main_later(options.run_dir, options.uri)
-    with short_timeouts():
-        return _main_follow(options.run_dir.resolve(), options.follow)
-
-
-def _main_follow(run_dir: Path, parent: int) -> int:
+def follow(uri: str, parent: int) -> int:
+    """Be the sender of the training process `parent`, which talks on standard input; returns the exit code."""
     # Schedulers and terminals signal every process of a job; this one ends when training has, and not before its last values
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    run = open_folder(run_dir, os.environ.get(ADDRESS_VARIABLE), tell_process)
+    with short_timeouts(), os.fdopen(0, "rb") as signals:
+        gc.disable()
+        with suppress(Exception):  # what cannot be imported is told when the store is opened
+            import_client(uri)
+        # a third of a value's cost was looking for garbage among what was imported, and after every few rows of a batch
+        gc.freeze()
+        gc.set_threshold(50_000)
+        gc.enable()
+        run_dir = os.fsdecode(signals.readline().removesuffix(b"\n"))
+        return _follow_run(Path(run_dir), uri, parent, signals) if run_dir else 0
+
+
+def _follow_run(run_dir: Path, uri: str, parent: int, signals: IO[bytes]) -> int:
+    os.dup2(os.open(run_dir / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 2)
+    run = open_folder(run_dir, uri, tell_process)
     sys.stderr = HidingStream(sys.stderr, run.store)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    with file_lock(run.run_dir / f".{LOG}.lock"):
-        done = Sender(run, parent=parent, tell=tell_process).follow(sys.stdin.buffer)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    with file_lock(run_dir / f".{LOG}.lock"):
+        done = Sender(run, parent=parent, tell=tell_process).follow(signals)
     tell_process("end", done=done, **run.unsent()._asdict())
     return 0 if done else 3
+
+
+def main() -> int:
+    """Command line of the process."""
+    parser = argparse.ArgumentParser(prog="python -m heads_lightning.training.mlflow_sync", description="Send a run folder to MLflow.")
+    parser.add_argument("run_dir", type=Path, nargs="?")
+    parser.add_argument("--uri", help="another store than the run's own")
+    parser.add_argument("--follow", type=int, metavar="PID", help="follow the training process PID, which talks on standard input")
+    options = parser.parse_args()
+    if options.follow is not None:
+        return follow(os.environ[ADDRESS_VARIABLE], options.follow)
+    if options.run_dir is None:
+        parser.error("name the folder of a run")
+    return _main_later(options.run_dir, options.uri)
 
 
 def _main_later(run_dir: Path, uri: str | None) -> int:

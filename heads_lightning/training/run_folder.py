@@ -34,6 +34,7 @@ SENT = "mlflow_sent.json"
 LOG = "mlflow.log"
 
 logger = logging.getLogger(__name__)
+_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder for every record
 
 
 class Point(NamedTuple):
@@ -76,7 +77,7 @@ class JsonLines:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one line."""
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        line = _encode(record).encode() + b"\n"
         if self._torn:  # what a full disk or a dead machine left behind must not swallow this record
             line = b"\n" + line
         try:

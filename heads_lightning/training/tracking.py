@@ -17,16 +17,15 @@ import os
 import socket
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from heads_lightning.configs.tracking import MLflowConfig, TrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.training import provenance
-from heads_lightning.training.mlflow_store import Store, find_run_dir, reap, resolve_store, ui_command
+from heads_lightning.training.mlflow_lookup import find_run_dir, reap
+from heads_lightning.training.mlflow_store import Store, resolve_store, ui_command
 from heads_lightning.training.mlflow_sync import send_later
 from heads_lightning.training.process import Status, is_first_rank, status_of
 from heads_lightning.training.run_folder import (
@@ -45,126 +44,11 @@ from heads_lightning.training.run_folder import (
     read_records,
     write_json,
 )
-from heads_lightning.training.sender_process import SenderProcess
+from heads_lightning.training.run_log import NullRunLog, RunLog
+from heads_lightning.training.sender_process import SenderProcess, start_ahead
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class RunLog(ABC):
-    """What a run records. Leaves: FolderRunLog (the process that tracks) and NullRunLog (every other one)."""
-
-    run_dir: Path
-    run_id: str | None
-    """MLflow run id; None while MLflow is still being opened, and where it is not used."""
-    uri: str | None
-    """Store, without password."""
-
-    @abstractmethod
-    def log_metrics(self, values: Mapping[str, Any], *, step: int, tokens: int | None = None) -> None:
-        """Record numbers at an optimizer step (floats or tensors of one number, which must be on the host already)."""
-
-    @abstractmethod
-    def log_text(self, name: str, text: str) -> None:
-        """Record a text as artifacts/`name`, e.g. `samples/step_100.txt`."""
-
-    @abstractmethod
-    def log_file(self, path: Path, *, folder: str = "") -> None:
-        """Record an existing file or folder, under `folder` in MLflow. It is not copied in the run folder; it must stay."""
-
-    @abstractmethod
-    def log_figure(self, name: str, figure: "Figure") -> None:
-        """Record a Matplotlib figure as artifacts/`name`; its suffix (.png, .svg, …) chooses the format."""
-
-    @abstractmethod
-    def log_table(self, name: str, *, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Record a table as artifacts/`name` (.json), in the form that MLflow's page shows as a table."""
-
-    @abstractmethod
-    def log_datasets(self, datasets: Sequence[Dataset]) -> None:
-        """Record what the run reads."""
-
-    @abstractmethod
-    def log_model(self, folder: Path, *, step: int) -> None:
-        """Record a folder in MLflow's format of a model (served_model.py), trained for `step` optimizer steps. It must stay."""
-
-    @abstractmethod
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags of the run."""
-
-    @abstractmethod
-    def flush(self) -> None:
-        """Have the disk hold everything and MLflow sent everything soon; does not wait for MLflow. For validations and checkpoints."""
-
-    @abstractmethod
-    def finish(self, status: Status = "FINISHED") -> None:
-        """Close the run. The first call decides; later ones do nothing."""
-
-    @abstractmethod
-    def wait_for_run_id(self, seconds: float) -> str | None:
-        """The MLflow run id, waiting for it at most so long."""
-
-    @abstractmethod
-    def ui_command(self) -> str | None:
-        """The exact command that shows this run in MLflow's pages; None where MLflow has no part in it."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """One line: where the numbers are."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.finish(status_of(error))
-
-
-class NullRunLog(RunLog):
-    """Takes every call and records nothing: for all ranks but the first."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.run_id = None
-        self.uri = None
-
-    def log_metrics(self, values: Mapping[str, Any], *, step: int, tokens: int | None = None) -> None:
-        pass
-
-    def log_text(self, name: str, text: str) -> None:
-        pass
-
-    def log_file(self, path: Path, *, folder: str = "") -> None:
-        pass
-
-    def log_figure(self, name: str, figure: "Figure") -> None:
-        pass
-
-    def log_table(self, name: str, *, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        pass
-
-    def log_datasets(self, datasets: Sequence[Dataset]) -> None:
-        pass
-
-    def log_model(self, folder: Path, *, step: int) -> None:
-        pass
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-    def finish(self, status: Status = "FINISHED") -> None:
-        pass
-
-    def wait_for_run_id(self, seconds: float) -> str | None:
-        return None
-
-    def ui_command(self) -> str | None:
-        return None
-
-    def describe(self) -> str:
-        return f"the first rank records this run in {self.run_dir}"
 
 
 class FolderRunLog(RunLog):
@@ -290,6 +174,18 @@ class FolderRunLog(RunLog):
             self.record("file", path=DIFF, folder="")
 
 
+def open_ahead(tracking: TrackingConfig, *, run_root: Path) -> None:
+    """Start what a run will need that this process opens in a moment: MLflow is imported beside what is imported here until then."""
+    store = store_of(tracking, run_root)
+    if store is not None and is_first_rank():
+        start_ahead(store.uri)
+
+
+def store_of(tracking: TrackingConfig, run_root: Path) -> Store | None:
+    """The MLflow store of a run; None where it has none."""
+    return resolve_store(tracking, run_root) if isinstance(tracking, MLflowConfig) else None
+
+
 def open_run(
     tracking: TrackingConfig,
     *,
@@ -317,7 +213,7 @@ def open_run(
         ConfigError: the address cannot be one of an MLflow store, or the folder holds a run. A store that is down is no error.
     """
     run_dir = run_dir.resolve()
-    store = resolve_store(tracking, run_root) if isinstance(tracking, MLflowConfig) else None
+    store = store_of(tracking, run_root)
     if not is_first_rank():
         return NullRunLog(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -390,6 +286,6 @@ def _record_config(log: FolderRunLog, flat: Mapping[str, str], text: str, before
 
 
 __all__ = [
-    "FolderRunLog", "NullRunLog", "RunLog", "Status", "find_run_dir", "is_first_rank", "last_steps", "open_parent", "open_run",
-    "read_metrics", "reap", "send_later", "status_of",
+    "FolderRunLog", "NullRunLog", "RunLog", "Status", "find_run_dir", "is_first_rank", "last_steps", "open_ahead", "open_parent",
+    "open_run", "read_metrics", "reap", "send_later", "status_of", "store_of",
 ]  # fmt: skip
