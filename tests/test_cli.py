@@ -154,6 +154,24 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(line, capsys, tmp_path, trai
     assert list(tmp_path.iterdir()) == []
 
 
+LATE = [
+    "train tracking.log_model=true objective=mlm head=mlm",
+    "train data=files data.root=nowhere",
+    "prepare data=jsonl data.root=nowhere",
+]
+"""What the parts alone do not show, and building or this machine does."""
+
+
+@pytest.mark.parametrize("line", LATE)
+@pytest.mark.parametrize("there", [[], ["runs", "runs/mlm-mlm-transformer", "runs/mlm-mlm-transformer/before"]])
+def test_a_mistake_that_is_seen_late_leaves_nothing_either(line, there, capsys, tmp_path):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    code, _, err = answer(capsys, *line.split(" "))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == there
+
+
 def test_the_option_that_was_chosen_is_named(capsys):
     _, _, err = answer(capsys, "train", "objective=causal", "objective.rate=1")
     assert err.endswith("; you chose objective=causal\n")

@@ -8,6 +8,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from heads_lightning.composition.loaded_once import keep_what_hydra_loads
 from heads_lightning.composition.mistakes import check_overrides, explained, refuse_loose_values
 from heads_lightning.composition.store import conf_dir, prepare_store, version_base
 from heads_lightning.composition.validation import validate
@@ -53,13 +54,25 @@ def initialized(config_dir: str | Path | None = None, *, primary: str | Path | N
     prepare_store()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder that can be read")
+    if config_dir is not None:
+        refuse_hidden_files(Path(config_dir))
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(Path(primary or conf_dir()).resolve()), job_name="heads_lightning", **version_base()):
+            keep_what_hydra_loads()
             yield
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def refuse_hidden_files(folder: Path) -> None:
+    """Files of the user's that Hydra would pass over for shipped ones of the same name, without a word."""
+    for shipped in sorted(conf_dir().rglob("*.yaml")):
+        own = folder / shipped.relative_to(conf_dir())
+        if own.is_file() and own.read_bytes() != shipped.read_bytes():
+            name = own.relative_to(folder).as_posix()
+            raise ConfigError(f"{own} would not be read: a shipped file has its name, {name}; rename it, e.g. my_{own.stem}.yaml")
 
 
 def search_path(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:

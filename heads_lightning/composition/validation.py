@@ -207,6 +207,9 @@ def machine_problems(config: ExperimentConfig) -> list[str]:
 
 def _machine(config: ExperimentConfig, *, gpus: int) -> Iterator[str]:
     trainer = config.trainer
+    root = getattr(config.data, "root", None)
+    if root is not None and not Path(root).expanduser().is_dir():
+        yield f"data.root={root} is not a folder; data={config.data.name} needs data.root=FOLDER"
     on_gpu = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and gpus > 0)
     if getattr(config.head, "loss_implementation", None) == LMLossImplementation.fused_linear and not (on_gpu and gpus):
         reason = "none is found" if not gpus else f"trainer.accelerator={trainer.accelerator} does not use it"
