@@ -120,8 +120,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
                 application()
         except Refused as refused:
             raise refused.error from refused
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            if any(frame.name == _job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
+        except OSError as error:
+            if error.filename is None or any(frame.name == _job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
                 raise
             # before the job: Hydra makes its folder
             raise ConfigError(f"the run's folder {error.filename} cannot be made ({error.strerror}); choose another place: "

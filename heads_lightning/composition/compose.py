@@ -44,7 +44,24 @@ def compose_tree(overrides: Sequence[str] = (), *, config_dir: str | Path | None
     own = config_dir if config_dir is not None and (Path(config_dir) / f"{config_name}.yaml").is_file() else None
     with initialized(config_dir, primary=own), explained(overrides, config_dir):
         check_overrides(overrides, config_dir)
-        return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir if own is None else conf_dir())])
+        with _readable_files(config_dir):
+            return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir if own is None else conf_dir())])
+
+
+@contextmanager
+def _readable_files(config_dir: str | Path | None) -> Iterator[None]:
+    """A configuration file that cannot be read, or is no text, is named."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # Hydra's own: a file that is not there
+            raise
+        raise ConfigError(f"the configuration file {error.filename} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        files = [file for file in Path(config_dir or conf_dir()).rglob("*.yaml") if file.is_file()]
+        found = [file for file in files if file.read_bytes().startswith(error.object[:512])]
+        file = found[0] if found else "a configuration file"
+        raise ConfigError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 @contextmanager

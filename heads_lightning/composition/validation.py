@@ -8,6 +8,7 @@ Not refused: `micro_batch_size` above a device's share of the batch (the share i
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,15 @@ def _run(config: ExperimentConfig) -> Iterator[str]:
         yield "run_root is empty; name a folder, e.g. run_root=runs"
     if config.seed < 0:
         yield f"seed={config.seed} is negative; use 0 or more"
+    if config.seed >= 1 << 32:
+        yield f"seed={config.seed} is out of range; use 0 to {(1 << 32) - 1}"
+    for field in fields(config.evaluation):
+        value = getattr(config.evaluation, field.name)
+        if isinstance(value, int) and value < 0:
+            yield f"evaluation.{field.name}={value} is negative; use 0 or more"
+    profile, steps = config.trainer.profile_step, config.trainer.max_steps
+    if profile is not None and steps is not None and profile > steps:
+        yield f"trainer.profile_step={profile} is after the last step; use 1 to trainer.max_steps={steps}"
 
 
 # ---------------------------------------------------------------------------------------------------------- this machine
