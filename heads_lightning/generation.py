@@ -185,7 +185,7 @@ def score(
         for rows in _by_length([len(ids) for ids in tokens], positions_per_batch):
             batch = _scoring_batch([tokens[r] for r in rows], [targets[r] for r in rows], backbone.embedding.weight.device)
             losses_BS = head(backbone(batch), labels=batch.labels_BS, loss_reduction="none").ce_loss
-            for row, total in zip(rows, losses_BS.double().sum(dim=1).tolist(), strict=True):
+            for row, total in zip(rows, losses_BS.cpu().double().sum(dim=1).tolist(), strict=True):
                 totals[row] = total
     return totals
 

@@ -81,27 +81,35 @@ def memory(
 
     trainer = config.trainer
     rows = min(trainer.micro_batch_size, trainer.global_batch_size // trainer.data_ranks)
-    dtype = PRECISION_DTYPES.get(precision, torch.float32)
+    computed = "bf16-true" if _gathers_bfloat16(trainer) else precision
+    dtype = PRECISION_DTYPES.get(computed, torch.float32)
     backbone, head = meta_model(config, vocab_size, precision)
+    computing = meta_model(config, vocab_size, computed)
     with _tensor_mesh(trainer.tensor_ranks) as mesh, FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        for module in (backbone, head):
-            module.to_empty(device="cpu")
-        if mesh is not None:
-            from heads_lightning.training.tensor_parallel import parallelize_backbone, parallelize_head
-
-            parallelize_backbone(backbone, mesh)
-            parallelize_head(head, mesh)
-        batch = _batch(sample, rows, attention)
-        batch = batch._replace(**{n: fake.from_tensor(v) for n, v in batch._asdict().items() if isinstance(v, Tensor)})
-        kept = kept_bytes(backbone, batch, None if precision.endswith("-true") else dtype, recompute_every=trainer.recompute_every)
+        _share_out(backbone, head, mesh)
+        _share_out(*computing, mesh)
         weights = sum(_bytes(p) for p in {id(p): p for p in (*backbone.parameters(), *head.parameters())}.values())
         optimizer = _optimizer_bytes(config, backbone, head)
         gathered = _gathered_bytes(trainer, backbone, head)
+        batch = _batch(sample, rows, attention)
+        batch = batch._replace(**{n: fake.from_tensor(v) for n, v in batch._asdict().items() if isinstance(v, Tensor)})
+        kept = kept_bytes(computing[0], batch, dtype if computed.endswith("-mixed") else None, recompute_every=trainer.recompute_every)
     targets = max(1, round(target_share * rows * sample.tokens_BS.shape[1]))
     loss = _loss_bytes(config, targets=targets, d_model=backbone.d_model, classes=-(-vocab_size // trainer.tensor_ranks), dtype=dtype)
     weights, optimizer = weights // trainer.shards, optimizer // trainer.shards
     host = 2 * weights + optimizer if trainer.offload else 0
     return Memory(weights, weights, optimizer, gathered, kept.activations, kept.recomputed, loss, host)
+
+
+def _share_out(backbone: Any, head: Any, mesh: Any) -> None:
+    """Give meta modules fake storage, this device's share of it where several compute together."""
+    for module in (backbone, head):
+        module.to_empty(device="cpu")
+    if mesh is not None:
+        from heads_lightning.training.tensor_parallel import parallelize_backbone, parallelize_head
+
+        parallelize_backbone(backbone, mesh)
+        parallelize_head(head, mesh)
 
 
 @contextmanager
@@ -138,8 +146,12 @@ def _gathered_bytes(trainer: TrainerConfig, backbone: Any, head: Any) -> int:
     ends = sum(map(_bytes, {id(p): p for p in (*backbone.parameters(), *head.parameters())}.values())) - sum(blocks)
     largest = max(blocks, default=0)
     held = min(BLOCKS_AHEAD, len(blocks)) * largest if trainer.reshard else sum(blocks)
-    share = 0.5 if trainer.gather_dtype == DType.bfloat16 else 1.0
+    share = 0.5 if _gathers_bfloat16(trainer) else 1.0
     return round(share * (held + ends + ends + largest))  # weights, then gradients
+
+
+def _gathers_bfloat16(trainer: TrainerConfig) -> bool:
+    return trainer.parallel in FULLY_SHARDED and trainer.gather_dtype == DType.bfloat16
 
 
 def _optimizer_bytes(config: ExperimentConfig, backbone: Any, head: Any) -> int:

@@ -9,8 +9,8 @@ step, so there is no schedule state to restore.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as lightning
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from heads_lightning.backbones.base import Backbone
-from heads_lightning.batch import IGNORE, Batch
+from heads_lightning.batch import Batch
 from heads_lightning.configs.optimizer import OptimizerConfig
 from heads_lightning.configs.schedule import ScheduleConfig
 from heads_lightning.heads.base import Head, HeadLoss
+from heads_lightning.precision import widest_float
 from heads_lightning.registry import RunError
+from heads_lightning.totals import Totals
 from heads_lightning.training.optimizers import build_optimizer
 
 if TYPE_CHECKING:
@@ -107,8 +109,7 @@ class LanguageModule(lightning.LightningModule):
         """Sums over all sequences of what each data rank has of its own."""
         if self.data_ranks == 1:
             return values
-        # fp32 on devices without fp64; counts are exact up to 2^24 there
-        total = torch.tensor(values, device=self.device, dtype=torch.float32 if self.device.type == "mps" else torch.float64)
+        total = torch.tensor(values, device=self.device, dtype=widest_float(self.device))
         if (strategy := self._sharded_strategy()) is not None:
             strategy.sum_over_data_ranks(total)
         else:
@@ -218,110 +219,6 @@ def _change(before: list[Tensor], after: list[Tensor]) -> Tensor:
     """Norm of the change over the norm of what was changed."""
     changes = [new - old for new, old in zip(after, before, strict=True)]
     return torch.nn.utils.get_total_norm(changes) / torch.nn.utils.get_total_norm(before).clamp(min=1e-12)
-
-
-class Totals:
-    """Sums of losses and counts, kept as tensors until somebody reads them: adding never synchronises with the device."""
-
-    def __init__(self, num_parts: int = 0, num_statistics: int = 0) -> None:
-        self.num_parts = num_parts
-        self.num_statistics = num_statistics
-        self.clear()
-
-    def clear(self) -> None:
-        """Back to zero."""
-        self._tensors: dict[str, Tensor] = {}
-        self.by_step: list[tuple[Tensor, int, Tensor]] = []
-        """Of each finished step: loss summed and targets on this rank, norm of the gradient."""
-        self._of_step: dict[str, Tensor] = {}
-        self._targets_of_step = 0
-        self.targets = 0
-        self.positions = 0
-        self.padding = 0
-        self.steps = 0
-        self.good_steps = 0
-
-    def _accumulate(self, name: str, value: Tensor) -> None:
-        held = self._tensors.get(name)
-        self._tensors[name] = value.detach().double() if held is None else held + value.detach()
-
-    def add(self, output: HeadLoss, batch: Batch) -> None:
-        """Add a training micro-batch."""
-        for name, value in output.sums.items():
-            held = self._of_step.get(name)
-            self._of_step[name] = value.detach().double() if held is None else held + value.detach()
-        self._targets_of_step += batch.counted
-        self.positions += batch.tokens_BS.numel()
-        self.padding += batch.num_padding
-
-    def finish_step(self, norm: Tensor, *, counts: bool = True) -> None:
-        """Count an optimizer step with this gradient norm. One that is skipped (not `counts`) has no part in the means."""
-        if counts:
-            for name, value in self._of_step.items():
-                self._accumulate(name, value)
-            self._accumulate("grad_norm", norm)
-            self.targets += self._targets_of_step
-            self.good_steps += 1
-        if "loss" in self._of_step:
-            self.by_step.append((self._of_step["loss"], self._targets_of_step, norm))
-        self._of_step, self._targets_of_step = {}, 0
-        self.steps += 1
-
-    def add_tokens(self, output: HeadLoss, batch: Batch) -> None:
-        """Add a micro-batch whose losses are per target."""
-        losses_BS = output.loss.detach().double()  # times the weights, where there are any
-        if output.statistics is not None:
-            self._accumulate("statistics", output.statistics)
-        self._accumulate("loss", losses_BS.sum())
-        self.targets += batch.counted
-        self.add_parts(output, batch)
-
-    def add_parts(self, output: HeadLoss, batch: Batch) -> None:
-        """Add to the loss of each part, from losses that are per target."""
-        losses_BS = output.loss.detach().double()
-        for i in range(self.num_parts):
-            inside_BS = (batch.labels_BS != IGNORE) & _part_is(batch, i)
-            self._accumulate(f"part_loss_{i}", losses_BS.masked_fill(~inside_BS, 0.0).sum())
-            # a part is reported as the mean over its own targets, each with its weight: a weight of the whole part cancels
-            counts_BS = inside_BS if batch.weights_BS is None else inside_BS * batch.weights_BS
-            self._accumulate(f"part_targets_{i}", counts_BS.double().sum())
-
-    def read(self) -> dict[str, float]:
-        """The sums as numbers (this is where the host waits for the device)."""
-        return {name: float(value) for name, value in self._tensors.items() if value.ndim == 0}
-
-    def part_means(self, sums: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-        """`loss_NAME` of every part that has targets, from what `read` gave, summed over the ranks."""
-        targets = [sums.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
-        return {f"loss_{name}": sums[f"part_loss_{i}"] / targets[i] for i, name in enumerate(names) if targets[i]}
-
-    def over_ranks(self, total: Callable[[list[float]], list[float]]) -> Sums:
-        """Sums over all ranks. `total` sums a list of numbers over them."""
-        values = self.read()
-        flat = [values.get("loss", 0.0), float(self.targets)]
-        flat += [values.get(f"part_loss_{i}", 0.0) for i in range(self.num_parts)]
-        flat += [values.get(f"part_targets_{i}", 0.0) for i in range(self.num_parts)]
-        # a rank without a batch has none
-        flat += self._tensors["statistics"].tolist() if "statistics" in self._tensors else [0.0] * self.num_statistics
-        flat = total(flat)
-        k = self.num_parts
-        return Sums(flat[0], int(flat[1]), flat[2 : 2 + k], flat[2 + k : 2 + 2 * k], flat[2 + 2 * k :])
-
-
-class Sums(NamedTuple):
-    """Sums over all ranks: losses (in nats over a vocabulary), counts of targets, and what the head counts."""
-
-    loss: float
-    targets: int
-    part_losses: list[float]
-    part_targets: list[float]
-    statistics: list[float]
-
-
-def _part_is(batch: Batch, part: int) -> Tensor:
-    if batch.part_BS is None:
-        return torch.full_like(batch.labels_BS, part == 0, dtype=torch.bool)
-    return batch.part_BS == part
 
 
 def _report(norm: Tensor, step: list[Batch], index: int, times: int) -> str:

@@ -22,6 +22,7 @@ from heads_lightning.configs.requests import PlanRequest
 from heads_lightning.data.stream import rows_of
 from heads_lightning.experiment import build_model
 from heads_lightning.heads.default import DefaultLMHead
+from heads_lightning.memory_plan import Memory
 from heads_lightning.planning import plan
 from heads_lightning.preflight import Probes, Row, preflight, toy
 from heads_lightning.registry import ConfigError
@@ -223,22 +224,25 @@ def test_the_plan_of_activations_is_what_autograd_keeps(overrides: list[str]) ->
 
 def test_the_plan_follows_the_layout(overrides: list[str]) -> None:
     """Shares of two devices; what tensor parallelism leaves whole (norms) is small. Measured: experiments/benchmarks/memory_plan.py."""
-    whole = probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw").cost().memory
-    made = {
-        name: probes(overrides, "trainer.micro_batch_size=4", "optimizer=adamw", "trainer.devices=2", f"trainer.parallel={name}")
-        .cost()
-        .memory
-        for name in ("data", "fsdp", "tensor")
-    }
-    assert made["data"] == whole
-    assert made["fsdp"].weights == whole.weights // 2
-    assert made["fsdp"].optimizer == whole.optimizer // 2
-    assert made["fsdp"].activations == whole.activations
-    assert made["fsdp"].gathered > whole.weights
-    assert whole.weights / 2 < made["tensor"].weights < 0.52 * whole.weights
-    assert 0.4 < made["tensor"].activations / whole.activations < 0.8
-    offloaded = probes(overrides, "trainer.devices=2", "trainer.parallel=fsdp", "trainer.offload=true", "optimizer=adamw").cost().memory
-    assert offloaded.host == 2 * made["fsdp"].weights + made["fsdp"].optimizer
+
+    def of(*layout: str) -> Memory:
+        fixed = ("trainer.micro_batch_size=4", "trainer.precision=32-true", "optimizer=adamw")
+        return probes(overrides, *fixed, *layout).cost().memory
+
+    whole = of()
+    data, fsdp, tensor = (of("trainer.devices=2", f"trainer.parallel={name}") for name in ("data", "fsdp", "tensor"))
+    assert data == whole
+    assert fsdp.weights == whole.weights // 2
+    assert fsdp.optimizer == whole.optimizer // 2
+    assert fsdp.activations == whole.activations
+    assert fsdp.gathered > whole.weights
+    assert whole.weights / 2 < tensor.weights < 0.52 * whole.weights
+    assert 0.4 < tensor.activations / whole.activations < 0.8
+    rounded = of("trainer.devices=2", "trainer.parallel=fsdp", "trainer.gather_dtype=bfloat16")
+    assert (rounded.weights, rounded.optimizer, rounded.gathered) == (fsdp.weights, fsdp.optimizer, fsdp.gathered // 2)
+    assert rounded.activations < 0.7 * fsdp.activations  # the residual stream is bfloat16 too
+    offloaded = of("trainer.devices=2", "trainer.parallel=fsdp", "trainer.offload=true")
+    assert offloaded.host == 2 * fsdp.weights + fsdp.optimizer
     assert offloaded.total == offloaded.gathered + offloaded.activations + offloaded.loss
 
 

@@ -132,7 +132,7 @@ def main() -> None:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
             place = Path(folder) / name.replace(" ", "_").replace(",", "")
             command = [sys.executable, *torchrun, __file__, "--child", str(place), *overrides, f"data.cache_dir={folder}"]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"planned"')))
             sizes = " ".join(f"{seen[key] / 2**20:6.0f} MiB" for key in ("planned", "tensors"))
             print(f"{name:26} {sizes}   {seen['planned'] / seen['tensors']:.2f}", flush=True)

@@ -71,6 +71,11 @@ class Backbone(nn.Module, ABC):
         outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
         return [block for name in outermost for block in lists[name].children()]
 
+    @property
+    def exact_modules(self) -> list[nn.Module]:
+        """Parts of blocks that compute in float32 or better from weights in float32, whatever the precision around them."""
+        return []
+
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise every parameter and buffer in place: also after building on meta and to_empty."""

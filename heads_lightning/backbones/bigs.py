@@ -126,7 +126,7 @@ class Block(nn.Module):
         if states is None:
             reverse = place == 1 and not self.is_causal
             return system(u_BSD, form=self.convolution, segments_BS=course.segments_BS, reverse=reverse)
-        return system.read_on(u_BSD, states[place], form=self.convolution, segments_BS=course.segments_BS, same_BS=course.same_BS)
+        return system(u_BSD, form=self.convolution, segments_BS=course.segments_BS, state=states[place], same_BS=course.same_BS)
 
 
 class BiGS(Backbone):
@@ -195,6 +195,10 @@ class BiGS(Backbone):
         if cache is not None:
             cache.advance(h_BSD.shape[1])
         return h_BSD if self.norm is None else self.norm(h_BSD)
+
+    @property
+    def exact_modules(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, S4D)]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Matrices and embeddings normal with init_std, biases 0, norms 1; state-space models by their own rule."""

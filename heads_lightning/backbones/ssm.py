@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from heads_lightning.backbones.fourier import fft_convolution
 from heads_lightning.configs.layers import Convolution
+from heads_lightning.precision import widest_float
 from heads_lightning.registry import RunError
 
 LEAST_DECAY = 1e-4
@@ -88,7 +89,7 @@ class System(NamedTuple):
 
 def discretise(log_step: Tensor, A_re: Tensor, A_im: Tensor, C: Tensor, D: Tensor) -> System:
     """Zero-order hold with B = 1. log_step and D [1], A_re and A_im [M], C [M, 2] (real and imaginary part)."""
-    exact = torch.float32 if log_step.device.type == "mps" else torch.float64
+    exact = widest_float(log_step.device)
     dt, im = log_step.to(exact).exp(), A_im.to(exact)
     re = A_re.to(exact).clamp(max=-LEAST_DECAY)
     rate = Pair(dt * re, dt * im)
@@ -140,27 +141,36 @@ class S4D(nn.Module):
             )
         return discretise(self.log_step, self.A_re, self.A_im, self.C, self.D)
 
-    def forward(self, u_BSD: Tensor, *, form: Convolution, segments_BS: Tensor | None = None, reverse: bool = False) -> Tensor:
-        """y of every position from those before it (`reverse`: after it) in its segment, in the type of the input."""
-        with torch.autocast(u_BSD.device.type, enabled=False):
-            y_BSD = convolve(u_BSD.to(self.D.dtype), self.system(), form=form, segments_BS=segments_BS, reverse=reverse)
-            return y_BSD.to(u_BSD.dtype)
-
-    def read_on(self, u_BSD: Tensor, state: State, *, form: Convolution, segments_BS: Tensor | None, same_BS: Tensor | None) -> Tensor:
-        """The same for positions that follow those in `state`, which is brought forward.
+    def forward(
+        self,
+        u_BSD: Tensor,
+        *,
+        form: Convolution,
+        segments_BS: Tensor | None = None,
+        reverse: bool = False,
+        state: State | None = None,
+        same_BS: Tensor | None = None,
+    ) -> Tensor:
+        """y of every position from those before it (`reverse`: after it) in its segment, in the type of the input.
 
         Args:
+            state: of earlier positions, which those of the input follow; brought forward. Not with `reverse`.
             same_BS: bool, positions in the segment of the state. None: all.
         """
         with torch.autocast(u_BSD.device.type, enabled=False):
             exact_BSD = u_BSD.to(self.D.dtype)
-            if state.step is None:
-                state.step = Step.of(self.system(), self.D.dtype)
-            if u_BSD.shape[1] == 1:
-                y_BSD = state.advance(exact_BSD, same_BS)
+            if state is None:
+                y_BSD = convolve(exact_BSD, self.system(), form=form, segments_BS=segments_BS, reverse=reverse)
             else:
-                y_BSD = state.advance_many(exact_BSD, self.system(), form=form, segments_BS=segments_BS, same_BS=same_BS)
+                y_BSD = self._read_on(exact_BSD, state, form=form, segments_BS=segments_BS, same_BS=same_BS)
             return y_BSD.to(u_BSD.dtype)
+
+    def _read_on(self, u_BSD: Tensor, state: State, *, form: Convolution, segments_BS: Tensor | None, same_BS: Tensor | None) -> Tensor:
+        if state.step is None:
+            state.step = Step.of(self.system(), self.D.dtype)
+        if u_BSD.shape[1] == 1:
+            return state.advance(u_BSD, same_BS)
+        return state.advance_many(u_BSD, self.system(), form=form, segments_BS=segments_BS, same_BS=same_BS)
 
 
 # ---------------------------------------------------------------------------------------------------------------- convolution

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from heads_lightning.configs.value import ValueConfig, ValueLoss
+from heads_lightning.precision import widest_float
 
 
 class ValueTargets(NamedTuple):
@@ -174,7 +175,7 @@ class ValueStatistics(NamedTuple):
 def value_statistics(outputs_BSK: Tensor, targets: ValueTargets, config: ValueConfig) -> Tensor:
     """The sums of ValueStatistics over a batch, as one vector: fp64 where the device has it."""
     predicted_N, target_N = _predictions(outputs_BSK, targets, config)
-    exact = torch.float32 if predicted_N.device.type == "mps" else torch.float64
+    exact = widest_float(predicted_N.device)
     v, r = predicted_N.to(exact), target_N.to(exact)
     low, high = (0.0, 1.0) if config.pairwise else (config.value_min, config.value_max)
     middle = (low + high) / 2

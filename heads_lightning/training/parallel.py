@@ -79,19 +79,21 @@ class ShardedStrategy(ModelParallelStrategy):
             parallelize_backbone(backbone, self.mesh[TENSOR])
             parallelize_head(head, self.mesh[TENSOR])
         if self.config.parallel != Parallel.tensor:
-            self._shard(module, backbone.blocks_in_order)
+            self._shard(module, backbone)
 
-    def _shard(self, module: nn.Module, blocks: list[nn.Module]) -> None:
-        """FSDP2: each block, then what is left."""
+    def _shard(self, module: nn.Module, backbone: Backbone) -> None:
+        """FSDP2: each block, then what is left; before them, what must not be rounded when it is gathered."""
         assert self.mesh is not None
         kind = torch.bfloat16 if self.config.gather_dtype == DType.bfloat16 else None
         # inputs are never cast: a batch holds weights and target values, which are not the model's
         policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if kind else None, cast_forward_inputs=False)
+        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
         pinned = self.root_device.type != "cpu"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload else OffloadPolicy()
         mesh = self.mesh[SHARD] if self.config.parallel == Parallel.fsdp_tensor else self.mesh
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=self.config.reshard)
+        units = [(part, exact) for part in backbone.exact_modules if kind] + [(block, policy) for block in backbone.blocks_in_order]
+        for unit, of_unit in units:
+            fully_shard(unit, mesh=mesh, mp_policy=of_unit, offload_policy=offload, reshard_after_forward=self.config.reshard)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
         register_fsdp_forward_method(module, SCORE)
 
