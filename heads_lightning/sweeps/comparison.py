@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SUMMARY, PAGE = "summary.txt", "report.html"
 CURVES, PARALLEL, TABLE = "curves.png", "parallel.png", "comparison.json"
+SEEN = 0.8
+"""The part of a colour map that is seen on white: viridis ends in yellow."""
 MOST_IN_LEGEND = 12
 
 
@@ -187,7 +189,7 @@ def parallel(comparison: Comparison) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    axes, colour = figure.subplots(), colormaps["viridis"]
     rows = [row for row in comparison.rows if math.isfinite(row.value)]
     names = [*comparison.keys, comparison.metric]
     scales = [_Scale([row.varied.get(key, "") for row in rows]) for key in comparison.keys] + [_Scale([f"{row.value!r}" for row in rows])]
@@ -195,7 +197,7 @@ def parallel(comparison: Comparison) -> "Figure":
         heights = [
             scale(text) for scale, text in zip(scales, [*(row.varied.get(k, "") for k in comparison.keys), f"{row.value!r}"], strict=True)
         ]
-        axes.plot(range(len(names)), heights, color=colormaps["viridis"](0.8 * heights[-1]), alpha=0.8)  # its yellow end is not seen on white
+        axes.plot(range(len(names)), heights, color=colour(SEEN * heights[-1]), alpha=0.8)
     for i, scale in enumerate(scales):
         scale.draw(axes, i)
     axes.set(xticks=range(len(names)), xticklabels=names, yticks=[], ylim=(-0.05, 1.05), xlim=(-0.05, len(names) - 0.85))
