@@ -25,6 +25,7 @@ svg { width: 100%; height: auto; display: block; overflow: visible; } svg text {
 polyline, circle { vector-effect: non-scaling-stroke; fill: none; stroke-width: 2; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 1rem; }
 @media (max-width: 500px) { svg text { font-size: 19px; } }
+@media (prefers-color-scheme: dark) { polyline, circle, figcaption span, .names span { filter: brightness(1.4); } }
 """
 """What a page that holds charts needs, beside a colour --line."""
 
@@ -97,18 +98,25 @@ def _scale(low: float, high: float, start: float, end: float) -> Any:
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers within [low, high]: multiples of 1, 2 or 5 times a power of ten."""
+    if high == low:
+        return [low]
+    power = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = max(power * factor for factor in (1, 2, 5) if power * factor <= (high - low) / 3 * (1 + 1e-9))
+    return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
 def _tick(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_of: Any, y_of: Any) -> str:
-    """Grid lines with their values: the ends and thirds of each axis."""
+    """Grid lines with their values, which are round."""
     parts = []
-    for i in range(4):
-        y, x = y_low + (y_high - y_low) * i / 3, x_low + (x_high - x_low) * i / 3
+    for y in _ticks(y_low, y_high):
         parts.append(f"<line class='grid' x1='{LEFT}' x2='{WIDTH - 12}' y1='{y_of(y):.1f}' y2='{y_of(y):.1f}'/>")
         parts.append(f"<text text-anchor='end' x='{LEFT - 6}' y='{y_of(y) + 4:.1f}'>{_tick(y)}</text>")
+    for x in (tick for tick in _ticks(x_low, x_high) if tick == round(tick)):  # steps are whole
         parts.append(f"<text text-anchor='middle' x='{min(max(x_of(x), LEFT), WIDTH - 24):.1f}' y='{HEIGHT - 26}'>{x:,.0f}</text>")
-        if x_low == x_high or y_low == y_high:
-            break
     return "".join([*parts, f"<text text-anchor='middle' x='{(LEFT + WIDTH) / 2}' y='{HEIGHT - 6}'>optimizer step</text>"])

@@ -36,7 +36,7 @@ img { max-width: 100%; background: #fff; } .mute { color: var(--mute); } .scroll
 table { border-collapse: collapse; width: 100%; } .scroll { overflow-wrap: normal; } .scroll th { white-space: nowrap; }
 td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
   border-bottom: 1px solid var(--line); } td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap; margin: 0; }
+pre { font: 13px/1.5 ui-monospace, monospace; white-space: break-spaces; margin: 0; }
 pre.page { white-space: pre; overflow-x: auto; overflow-wrap: normal; padding: .75rem; border: 1px solid var(--line); }
 .sample { border: 1px solid var(--line); padding: .75rem; margin: .75rem 0; }
 .prefix { background: var(--prefix); } .middle { background: var(--middle); } .suffix { background: var(--suffix); }
@@ -64,7 +64,7 @@ def write_report(
         summary: text of summary.txt.
     """
     body = [
-        f"<h1>{escape(name)}</h1><p class='mute'>{escape(run_dir.name)}</p>",
+        f"<h1>{escape(name)}</h1><p class='mute'>{escape('/'.join(run_dir.absolute().parts[-2:]))}</p>",
         section("Summary", f"<pre class='page'>{escape(summary.strip())}</pre>" if summary else ""),
         section("Curves", _pictures(list(read_metrics(run_dir)))),
         section("Infilled lines", _samples(samples)),

@@ -284,6 +284,19 @@ def test_a_broken_recipe_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "max_stepz" in next(line for line in lines if "=typo" in line)
 
 
+def test_recipes_are_named_by_their_folder_or_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# @package _global_\nseed: 2\n", encoding="utf-8")
+    (folder / "typo.yaml").write_text("# @package _global_\ntrainer:\n  max_stepz: 3\n", encoding="utf-8")
+    assert command.main(["--config-only", str(folder)]) == 1
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [["ok", "experiment=mine"], ["failed", "experiment=typo"]]
+    assert command.main(["--config-only", str(folder / "mine.yaml")]) == 0
+    assert capsys.readouterr().out.split() == ["ok", "experiment=mine"]
+    with pytest.raises(ConfigError, match="is not a folder of recipes: they lie in FOLDER"):
+        command.main(["--config-only", str(tmp_path)])
+
+
 def test_unknown_flags_are_refused() -> None:
     with pytest.raises(ConfigError, match="--jsn is not a flag of check"):
         command.main(["--jsn"])

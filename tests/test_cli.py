@@ -64,6 +64,23 @@ MISTAKES = {
     "trian": "there is no command 'trian'. Did you mean 'train'?",
     "objective=mlm": "`objective=mlm` comes after a command, e.g. heads-lightning train objective=mlm",
     "train objective=mln": "objective=mln does not exist. Did you mean objective=mlm? Available: causal, ",
+    "train head.layer_norm=rms": "its options are chosen with a slash, head/layer_norm=rms or ",
+    "train head/layer_norm=rmss": "head/layer_norm=rmss does not exist. Did you mean head/layer_norm=rms? Available: rms",
+    "train hydra/sweeper=x": "hydra/sweeper=x does not exist. Available: grid, optuna",
+    "train hydra=x": "hydra is no group. Groups: backbone, ",
+    "train optimizer.betas={a:1}": "`optimizer.betas={a:1}` is not allowed: optimizer.betas takes a list of float, e.g. optimizer.betas=[",
+    "train optimizer.learning_rate=inf": "optimizer.learning_rate=inf is out of range",
+    "train seed=99999999999999999999": "seed=99999999999999999999 is out of range; use 0 to 4294967295",
+    "train evaluation.infill_lines=-1": "evaluation.infill_lines=-1 is negative; use 0 or more",
+    "train trainer.max_steps=9 trainer.profile_step=10": "trainer.profile_step=10 is after the last step; use 1 to trainer.max_steps=9",
+    "train hydra.run.dir=": "`hydra.run.dir=` is empty (an unset variable of the shell?); write hydra.run.dir=VALUE, or leave it out",
+    "train resume=": "`resume=` is empty (an unset variable of the shell?)",
+    "train data=files data.root=": "`data.root=` is empty (an unset variable of the shell?)",
+    "train experiment=null": "`experiment=null`: no recipe is taken unless one is given; leave it out",
+    "train run_root=/proc/x data=files": "the run's folder /proc/x cannot be made (No such file or directory)",
+    "evaluate checkpoint=": "`checkpoint=` is empty (an unset variable of the shell?); write checkpoint=VALUE",
+    "evaluate runs/x": "Did you mean checkpoint=runs/x?",
+    "new head class": "NAME=class cannot name a module",
     "train experiment=fim_prof": "experiment=fim_prof does not exist. Did you mean experiment=fim_proof?",
     "train objectiv=mlm": "objectiv does not exist. Did you mean objective?",
     "train objective.rat=1": "objective.rat does not exist. Did you mean objective.rate?",
@@ -154,6 +171,24 @@ def test_a_mistake_gets_one_line_and_leaves_nothing(line, capsys, tmp_path, trai
     assert list(tmp_path.iterdir()) == []
 
 
+LATE = [
+    "train tracking.log_model=true objective=mlm head=mlm",
+    "train data=files data.root=nowhere",
+    "prepare data=jsonl data.root=nowhere",
+]
+"""What the parts alone do not show, and building or this machine does."""
+
+
+@pytest.mark.parametrize("line", LATE)
+@pytest.mark.parametrize("there", [[], ["runs", "runs/mlm-mlm-transformer", "runs/mlm-mlm-transformer/before"]])
+def test_a_mistake_that_is_seen_late_leaves_nothing_either(line, there, capsys, tmp_path):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    code, _, err = answer(capsys, *line.split(" "))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == there
+
+
 def test_the_option_that_was_chosen_is_named(capsys):
     _, _, err = answer(capsys, "train", "objective=causal", "objective.rate=1")
     assert err.endswith("; you chose objective=causal\n")
@@ -162,6 +197,32 @@ def test_the_option_that_was_chosen_is_named(capsys):
 def test_hydras_advice_to_append_is_never_given():
     for message in MISTAKES.values():
         assert "use +" not in message
+
+
+def test_two_overrides_in_one_word(capsys):
+    code, _, err = answer(capsys, "train", "objective=mlm head=mlm")
+    assert code == 2
+    assert "`objective=mlm head=mlm` is two overrides in one word; quote each by itself, or neither: objective=mlm head=…" in err
+
+
+FILES = {
+    "gr\xfc\xdfe: 1": "bad.yaml is not UTF-8",
+    "seed: 3": "In experiment/bad.yaml: a recipe begins with the line `# @package _global_`",
+    "": "In experiment/bad.yaml: a recipe begins with the line `# @package _global_`",
+    "# @package _global_\ntrainer:\n\tmax_steps: 3": "is not YAML",
+    "# @package _global_\nseed: 3\nseed: 4": "found duplicate key seed",
+    "# @package _global_\ndefaults:\n  - override /objectiv: mlm": "In experiment/bad.yaml: objectiv is no group. Did you mean objective?",
+}
+
+
+@pytest.mark.parametrize("text", FILES)
+def test_a_recipe_that_cannot_be_read_is_named(text, capsys, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "bad.yaml").write_text(text, encoding="latin-1")
+    code, _, err = answer(capsys, "train", "--config-dir=mine", "experiment=bad")
+    assert (code, err.count("\n")) == (2, 1), err
+    assert FILES[text] in err
+    assert "bad.yaml" in err
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "a: b: c", "- x"])

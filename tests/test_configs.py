@@ -5,20 +5,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.config_store import ConfigStore
 
 from heads_lightning import compose
-from heads_lightning.composition import config_hash, flatten, from_yaml, prepare_store, to_yaml, validate
+from heads_lightning.composition import config_hash, flatten, from_yaml, loaded_once, prepare_store, store_options, to_yaml, validate
 from heads_lightning.composition.describe import documents, fields_of, group_options, groups, owners, summary
 from heads_lightning.composition.store import conf_dir
 from heads_lightning.composition.validation import _machine, available_gpus
 from heads_lightning.configs.backbone import BackboneConfig, backbones
 from heads_lightning.configs.experiment import ExperimentConfig
-from heads_lightning.configs.objective import objectives
+from heads_lightning.configs.objective import CausalConfig, objectives
 from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.registry import ConfigError, Registry
 
@@ -149,6 +150,38 @@ def test_users_files_are_options(tmp_path):
     (spaced / "experiment").mkdir(parents=True)
     (spaced / "experiment" / "odd.yaml").write_text("# @package _global_\nseed: 9\n")
     assert compose(["experiment=odd"], config_dir=spaced).seed == 9
+
+
+def test_a_file_that_a_shipped_one_would_hide_is_refused(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mlm.yaml"
+    file.write_text("# @package _global_\nseed: 9\n")
+    with pytest.raises(ConfigError, match=r"mlm\.yaml would not be read: a shipped file has its name, experiment/mlm\.yaml; rename it"):
+        compose(["experiment=mlm"], config_dir=tmp_path)
+    file.write_bytes((conf_dir() / "experiment" / "mlm.yaml").read_bytes())  # a copy of the shipped folder hides nothing
+    assert compose(["experiment=mlm"], config_dir=tmp_path).objective.name == "mlm"
+
+
+def test_what_is_loaded_once_composes_to_the_same():
+    """Hydra writes into the trees that it is handed: a second composition must not see it."""
+    given = [["experiment=mlm", "seed=3"], ["experiment=t5", "data.sequence_length=77"], ["experiment=mlm"], ["head=mlm", "objective=mlm"]]
+    apart = [compose(overrides) for overrides in given]
+    with loaded_once():
+        assert [compose(overrides) for overrides in given] == apart
+
+
+def test_an_option_that_cannot_be_kept_is_loaded_again(monkeypatch):
+    """A class made inside a function has no name to be unpickled by."""
+
+    @dataclass
+    class Unnamed(CausalConfig):
+        name: str = "unnamed"
+
+    monkeypatch.setitem(objectives._options, "unnamed", Unnamed)
+    monkeypatch.setitem(ConfigStore.instance().repo["objective"], "unnamed.yaml", None)  # so that it is taken out again
+    store_options()
+    with loaded_once():
+        assert [type(compose(["objective=unnamed"]).objective) for _ in range(2)] == [Unnamed, Unnamed]
 
 
 # ------------------------------------------------------------------------------------------------------------ saved files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,13 +31,7 @@ from heads_lightning.conversion.validation import compare
 from heads_lightning.models.bigs import PUBLISHED_NAMES, ours_from_published
 from heads_lightning.registry import ConfigError
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights(model: Any, family: Family, native: NativeModel) -> dict[str, Tensor]:

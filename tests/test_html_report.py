@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from heads_lightning.charts import COLOURS, LEFT, MOST_POINTS, TOP, thinned
+from heads_lightning.charts import COLOURS, LEFT, MOST_POINTS, TOP, _ticks, thinned
 from heads_lightning.evaluation.scoring import Sample
 from heads_lightning.html_report import samples_page, write_report
 
@@ -100,3 +100,18 @@ def test_samples_alone_are_a_page():
 
 def test_a_run_without_anything_has_a_page(tmp_path):
     assert Tags(write_report(tmp_path, name="empty", config_yaml="a: 1", numbers={}).read_text()).open == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (3.41, 6.25, [3.5, 4, 4.5, 5, 5.5, 6]),
+        (1, 60, [10, 20, 30, 40, 50, 60]),
+        (0.000425, 0.01, [0.002, 0.004, 0.006, 0.008, 0.01]),
+        (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+        (7, 7, [7]),
+        (3610, 17253, [4000, 6000, 8000, 10000, 12000, 14000, 16000]),
+    ],
+)
+def test_ticks_are_round(low, high, ticks):
+    assert _ticks(low, high) == pytest.approx(ticks)

@@ -3,7 +3,6 @@
 import logging
 import os
 import pwd
-import random
 import signal
 import socket
 import sqlite3
@@ -12,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ import pytest
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.sweeps.warm import ONE_THREAD
-from heads_lightning.training.mlflow_calls import Calls, NotSent
+from heads_lightning.training.mlflow_calls import NotSent
 from heads_lightning.training.mlflow_opening import connect, experiment_id
 from heads_lightning.training.mlflow_run import MlflowRun
-from heads_lightning.training.mlflow_sqlite import Value, add_values, known_tables
 from heads_lightning.training.mlflow_store import Store, resolve_store
 from heads_lightning.training.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
 from heads_lightning.training.tracking import RunLog, find_run_dir, open_parent, open_run, reap, send_later
@@ -264,72 +262,20 @@ def test_runs_of_dead_machines_are_reaped(tmp_path: Path) -> None:
     assert {name: client.get_run(i).info.status for name, i in ids.items()} == {"dead": "KILLED", "alive": "RUNNING", "foreign": "RUNNING"}
 
 
-def sent(root: Path, name: str, batches: list[list[Value]]) -> tuple[set[Any], set[Any]]:
-    """Rows of a new run's points and of its newest ones, sent as `name` says."""
-    from mlflow.entities import Metric
-
-    store = resolve_store(MLflowConfig(), root, {})
-    calls = Calls(root, store=store, say=print)
-    calls.run_id = calls.client.create_run("0", run_name=name).info.run_id
-    for batch in batches:
-        if name == "sqlite":
-            assert store.database is not None
-            assert add_values(store.database, calls.run_id, batch)
-        else:
-            calls.batch(metrics=[Metric(*value) for value in batch])
-    with closing(sqlite3.connect(root / "mlflow.db")) as connection:
-        columns = "key, value, timestamp, step, is_nan, typeof(value), typeof(timestamp), typeof(step), typeof(is_nan)"
-        points, newest = (
-            connection.execute(f"SELECT {columns} FROM {table} WHERE run_uuid = ?", (calls.run_id,)).fetchall()
-            for table in ("metrics", "latest_metrics")
-        )
-    assert len(points) == len(set(points))
-    return set(points), set(newest)
-
-
-def test_points_leave_the_rows_that_mlflow_would_leave(tmp_path: Path) -> None:
-    """In both tables, whatever the order, the repetition and the ties."""
-    draw = random.Random(0)
-    numbers = [0.0, -0.0, 1.5, -2.0, 3.0, 5e-324, 1.7976931348623157e308, 0.1, 7.0]
-    values = [Value(draw.choice("abc"), draw.choice(numbers), draw.randrange(3), draw.randrange(-1, 4)) for _ in range(300)]
-    batches = [values[i : i + 30] for i in range(0, 300, 30)]
-    found = sent(tmp_path, "sqlite", batches)
-    assert found == sent(tmp_path, "mlflow", batches)
-    assert len(found[0]) > 100
-    assert len(found[1]) == 3
-
-
-def test_points_go_through_mlflow_where_it_has_other_tables_or_would_refuse(tmp_path: Path) -> None:
+def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> None:
     with open_run(NoTrackingConfig(), run_dir=tmp_path / "run", run_root=tmp_path, name="run", config_flat={}, config_yaml="") as log:
-        store = resolve_store(MLflowConfig(), tmp_path, {})
-        copy = MlflowRun(tmp_path / "run", store=store, say=print)
+        copy = MlflowRun(tmp_path / "run", store=resolve_store(MLflowConfig(), tmp_path, {}), say=print)
         copy.attach(live=True)
-        assert store.database is not None
-        assert known_tables(store.database)
-        for step in (1, 2):  # the first goes through MLflow, which judges the name
-            log.log_metrics({"loss": step}, step=step)
-            copy.send()
+        log.log_metrics({"loss": 1}, step=1)
+        copy.send()
         client = client_of(tmp_path)
         client.delete_run(copy.run_id)
-        log.log_metrics({"loss": 3}, step=3)
+        log.log_metrics({"loss": 2}, step=2)
         with pytest.raises(NotSent, match="deleted"):
             copy.send()
         client.restore_run(copy.run_id)
-        with closing(sqlite3.connect(store.database)) as connection:
-            connection.execute("ALTER TABLE metrics ADD COLUMN later INTEGER DEFAULT 0")
-        assert not known_tables(store.database)
-        again = MlflowRun(tmp_path / "run", store=store, say=print)
-        again.attach(live=True)
-        log.log_metrics({"loss": 4}, step=4)
-        again.send()
-        store.database.rename(tmp_path / "moved.db")
-        log.log_metrics({"loss": 5}, step=5)
-        with pytest.raises(NotSent):
-            copy.send()
-        assert not store.database.exists()
-        (tmp_path / "moved.db").rename(store.database)
         copy.send()
-    assert steps(client, copy.run_id) == [1, 2, 3, 4, 5]
+    assert steps(client, copy.run_id) == [1, 2]
 
 
 def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

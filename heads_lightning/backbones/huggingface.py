@@ -215,7 +215,8 @@ def _described(config: HuggingFaceConfig) -> Any:
     try:
         described = AutoConfig.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone.source={config.source} cannot be opened ({str(error).strip().splitlines()[0][:160]})") from None
+        reason = str(error).strip().splitlines()[0][:160]
+        raise ConfigError(f"backbone.source={config.source} cannot be opened ({reason}); give a folder or a name of the Hub") from None
     if described.is_encoder_decoder:
         raise ConfigError(f"backbone.source={config.source} is an encoder-decoder; backbone=huggingface takes encoders and decoders")
     return described

@@ -27,7 +27,10 @@ def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
         if not equals and word.startswith("--") and key in fields and fields[key].type is bool:
             equals, text = "=", "true"  # --json
         if not equals:
-            raise ConfigError(f"`{word}` is not an argument; write KEY=VALUE, with KEY one of {', '.join(fields)}")
+            near = f" Did you mean checkpoint={word}?" if "checkpoint" in fields and not word.startswith("-") else ""
+            raise ConfigError(f"`{word}` is not an argument; write KEY=VALUE, with KEY one of {', '.join(fields)}.{near}")
+        if not text and fields.get(key) is not None and key in ("checkpoint", "from", "out"):
+            raise ConfigError(f"`{word}` is empty (an unset variable of the shell?); write {key}=VALUE")
         if key not in fields:
             close = [SYNONYMS[key]] if SYNONYMS.get(key) in fields else difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
             raise ConfigError(f"{key} does not exist.{f' Did you mean {close[0]}?' if close else ''} Available: {', '.join(fields)}")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from heads_lightning.commands.arguments import read
 from heads_lightning.commands.show import as_json, table
 from heads_lightning.commands.words import taken
-from heads_lightning.composition import compose, compose_tree, to_experiment
+from heads_lightning.composition import compose, compose_tree, loaded_once, to_experiment
 from heads_lightning.composition.mistakes import explained
 from heads_lightning.composition.store import conf_dir
 from heads_lightning.configs.requests import PlanRequest
@@ -51,11 +51,13 @@ def main(arguments: Sequence[str]) -> int:
     return _experiment(overrides, config_dir, config_name, assumed, as_text="--json" not in words)
 
 
-def _recipes(overrides: list[str], config_dir: str | None, *, as_text: bool) -> int:
+def _recipes(words: list[str], config_dir: str | None, *, as_text: bool) -> int:
     """Compose and validate every recipe, without torch."""
+    overrides, files = _named(words)
     gc.disable()  # a third of the time; the process ends soon
     try:
-        found = list(_verdicts(overrides, config_dir))
+        with loaded_once():
+            found = [_verdict(file.stem, overrides, config_dir or str(file.parent.parent)) for file in files or _found(config_dir)]
     finally:
         gc.enable()
     if as_text:
@@ -65,13 +67,25 @@ def _recipes(overrides: list[str], config_dir: str | None, *, as_text: bool) -> 
     return int(any(row.verdict == "failed" for row in found))
 
 
-def _verdicts(overrides: list[str], config_dir: str | None) -> Iterator[Verdict]:
+def _named(words: list[str]) -> tuple[list[str], list[Path]]:
+    """The overrides, and the files of recipes that are named by a path: `my_conf/experiment`, or a file in it."""
+    paths = [Path(word) for word in words if "=" not in word and Path(word).exists()]
+    for path in paths:
+        if (path if path.is_dir() else path.parent).resolve().name != "experiment" or not (path.is_dir() or path.suffix == ".yaml"):
+            raise ConfigError(f"{path} is not a folder of recipes: they lie in FOLDER/experiment/NAME.yaml; --config-dir FOLDER checks all")
+    files = [file for path in paths for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
+    if paths and not files:
+        raise ConfigError(f"{paths[0]}: no *.yaml to check")
+    return [word for word in words if Path(word) not in paths], files
+
+
+def _found(config_dir: str | None) -> list[Path]:
+    """Every recipe that ships, and those of a folder of the user's."""
     folders = [Path(str(conf_dir())), *([Path(config_dir)] if config_dir else [])]
-    names = sorted({path.stem for folder in folders for path in (folder / "experiment").glob("*.yaml")})
-    if not names:
+    files = {path.stem: path for folder in folders for path in (folder / "experiment").glob("*.yaml")}
+    if not files:
         raise ConfigError(f"{', '.join(map(str, folders))}: no experiment/*.yaml to check")
-    for name in names:
-        yield _verdict(name, overrides, config_dir)
+    return [files[name] for name in sorted(files)]
 
 
 def _verdict(name: str, overrides: list[str], config_dir: str | None) -> Verdict:

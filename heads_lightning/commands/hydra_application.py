@@ -81,8 +81,17 @@ def _job(command: str, tree: DictConfig) -> Any:
             raise  # the other cells of the sweep go on
         raise Refused(error) from error
     finally:
-        with suppress(OSError):
-            run_dir.rmdir()  # only where nothing was written: a mistake, or a command that has no results of its own
+        _remove_if_empty(run_dir, Path(str(tree.run_root)))
+
+
+def _remove_if_empty(run_dir: Path, run_root: Path) -> None:
+    """The folder that Hydra made for a run, and those above it up to `run_root`, where nothing was written: a mistake, or a command
+    that has no results of its own."""
+    folders = [run_dir, *run_dir.parents]
+    above = folders[: folders.index(root) + 1] if (root := run_root.absolute()) in folders else [run_dir]
+    with suppress(OSError):  # not empty
+        for folder in above:
+            folder.rmdir()
 
 
 def _cell(tree: DictConfig, sweep_dir: Path) -> None:
@@ -111,8 +120,8 @@ def main(command: str, arguments: Sequence[str]) -> None:
                 application()
         except Refused as refused:
             raise refused.error from refused
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
-            if any(frame.name == _job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
+        except OSError as error:
+            if error.filename is None or any(frame.name == _job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
                 raise
             # before the job: Hydra makes its folder
             raise ConfigError(f"the run's folder {error.filename} cannot be made ({error.strerror}); choose another place: "

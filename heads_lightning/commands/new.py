@@ -4,6 +4,7 @@ There is one text for both: the files of the walkthrough, which a test runs, are
 backbone go to a plugin, a package in the working folder; a loss implementation goes into a clone of this project, whose enum it joins.
 """
 
+import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check_name(what: str, name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
         raise ConfigError(f"{what}={name} cannot name a module; use small letters, digits and _, e.g. {what}=my_part")
 
 

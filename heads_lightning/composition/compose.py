@@ -8,6 +8,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from heads_lightning.composition.loaded_once import keep_what_hydra_loads
 from heads_lightning.composition.mistakes import check_overrides, explained, refuse_loose_values
 from heads_lightning.composition.store import conf_dir, prepare_store, version_base
 from heads_lightning.composition.validation import validate
@@ -43,7 +44,24 @@ def compose_tree(overrides: Sequence[str] = (), *, config_dir: str | Path | None
     own = config_dir if config_dir is not None and (Path(config_dir) / f"{config_name}.yaml").is_file() else None
     with initialized(config_dir, primary=own), explained(overrides, config_dir):
         check_overrides(overrides, config_dir)
-        return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir if own is None else conf_dir())])
+        with _readable_files(config_dir):
+            return hydra.compose(config_name, [*overrides, *search_path(overrides, config_dir if own is None else conf_dir())])
+
+
+@contextmanager
+def _readable_files(config_dir: str | Path | None) -> Iterator[None]:
+    """A configuration file that cannot be read, or is no text, is named."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # Hydra's own: a file that is not there
+            raise
+        raise ConfigError(f"the configuration file {error.filename} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        files = [file for file in Path(config_dir or conf_dir()).rglob("*.yaml") if file.is_file()]
+        found = [file for file in files if file.read_bytes().startswith(error.object[:512])]
+        file = found[0] if found else "a configuration file"
+        raise ConfigError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 @contextmanager
@@ -53,13 +71,25 @@ def initialized(config_dir: str | Path | None = None, *, primary: str | Path | N
     prepare_store()
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(f"--config-dir {config_dir} is not a folder that can be read")
+    if config_dir is not None:
+        refuse_hidden_files(Path(config_dir))
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(Path(primary or conf_dir()).resolve()), job_name="heads_lightning", **version_base()):
+            keep_what_hydra_loads()
             yield
     finally:
         GlobalHydra.instance().hydra = running
+
+
+def refuse_hidden_files(folder: Path) -> None:
+    """Files of the user's that Hydra would pass over for shipped ones of the same name, without a word."""
+    for shipped in sorted(conf_dir().rglob("*.yaml")):
+        own = folder / shipped.relative_to(conf_dir())
+        if own.is_file() and own.read_bytes() != shipped.read_bytes():
+            name = own.relative_to(folder).as_posix()
+            raise ConfigError(f"{own} would not be read: a shipped file has its name, {name}; rename it, e.g. my_{own.stem}.yaml")
 
 
 def search_path(overrides: Sequence[str], config_dir: str | Path | None) -> list[str]:

@@ -37,7 +37,7 @@ from heads_lightning.composition.describe import (
     owners,
     takes_own_keys,
 )
-from heads_lightning.composition.store import sections
+from heads_lightning.composition.store import SWEEPERS, sections
 from heads_lightning.configs.base import Option
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, Registry
@@ -105,6 +105,9 @@ def _unreadable(text: str) -> str:
         return f"`{text}` is not an override; write KEY=VALUE.{_suggestion(key)}"
     if value[:1] == "(" and value[-1:] == ")":
         return f"`{text}` cannot be read: lists are written with brackets, {key}=[{value[1:-1]}]"
+    if second := re.search(r"\s([\w./]+=)", value):
+        first = f"{key}={value[: second.start()]}"
+        return f"`{text}` is two overrides in one word; quote each by itself, or neither: {first} {second[1]}…"
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"`{text}` cannot be read: quote a value that holds special characters, \"{key}='{quoted}'\""
 
@@ -112,9 +115,11 @@ def _unreadable(text: str) -> str:
 def check_overrides(overrides: Sequence[str], config_dir: str | Path | None = None, *, sweep: bool = False) -> None:
     """Refuse what can be seen in the overrides alone; `sweep` allows lists of values."""
     for override in parse(overrides):
+        key, text = override.key_or_group, str(override.input_line)
+        if text.endswith("=") and not key.startswith("extra."):
+            raise ConfigError(f"`{text}` is empty (an unset variable of the shell?); write {text}VALUE, or leave it out")
         if override.is_hydra_override():
             continue
-        key, text = override.key_or_group, str(override.input_line)
         if override.is_add() or override.is_force_add():
             _check_addition(key, text)
         elif override.is_delete():
@@ -146,8 +151,10 @@ def _check_option(override: Override, config_dir: str | Path | None) -> None:
         chosen = [str(v) for v in override.sweep_string_iterator()] if override.is_discrete_sweep() else []
     elif isinstance(value, list) and group == RECIPES:
         chosen = [str(v) for v in value]
-    elif isinstance(value, str) or (value is None and group == RECIPES):
-        chosen = [value] if isinstance(value, str) else []
+    elif isinstance(value, str):
+        chosen = [value]
+    elif value is None and group == RECIPES:
+        raise ConfigError(f"`{override.input_line}`: no recipe is taken unless one is given; leave it out")
     else:
         raise ConfigError(f"`{override.input_line}`: {group} is chosen by name. Available: {', '.join(options)}")
     for name in chosen:
@@ -171,6 +178,8 @@ def explain(error: BaseException, overrides: Sequence[str], config_dir: str | Pa
     if isinstance(cause, MissingConfigException):
         return where + _missing_file(cause, config_dir)
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        if where and str(cause.full_key) == RECIPES:
+            return f"{where}a recipe begins with the line `# @package _global_`, then come its defaults and settings"
         return where + unknown_field(str(cause.full_key or cause.key), cause.object_type, overrides)
     if isinstance(cause, MissingMandatoryValue):
         return where + _missing_value(str(cause.full_key), cause.object_type)
@@ -179,7 +188,12 @@ def explain(error: BaseException, overrides: Sequence[str], config_dir: str | Pa
     if isinstance(cause, InterpolationKeyError):
         return f"{where}{_given(str(cause.full_key), overrides)}: {_first(cause)}; it must be a dotted name of this configuration"
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        field = field_at(str(cause.full_key), cause.object_type)
+        if field is not None and "Cannot merge" in str(cause):
+            return f"{where}{_given(str(cause.full_key), overrides)} is not allowed: {expected(str(cause.full_key), field, None)}"
         return f"{where}{_given(str(cause.full_key), overrides)}: {_first(cause)}"
+    if group := re.search(r"Could not override '([^']+)'", str(cause)):
+        return f"{where}{group[1]} is no group.{_near(group[1], groups())} Groups: {', '.join(groups())}"
     return where + re.sub(r" To append .*", "", _first(cause))
 
 
@@ -205,6 +219,9 @@ def _missing_file(error: MissingConfigException, config_dir: str | Path | None) 
         if name in LAUNCHERS:
             return f"{group}={name} is not installed: pip install {LAUNCHERS[name]}"
         return f"{group}={name} does not exist.{_near(name, LAUNCHERS, f'{group}=')} Known: basic, {', '.join(LAUNCHERS)}"
+    known = SWEEPERS if group == "hydra/sweeper" else sections().get(group)
+    if known is not None:
+        return f"{group}={name} does not exist.{_near(name, known, f'{group}=')} Available: {', '.join(known)}"
     if group in groups():
         return unknown_option(group, name, config_dir)
     return f"there is no configuration file {error.missing_cfg_file}.yaml in conf/ or in --config-dir"
@@ -309,12 +326,15 @@ def expected(key: str, field: Field, value: Any) -> str:
         return f"{key} takes a number{null}"
     if field.type is bool:
         return f"{key} takes true or false{null}"
+    if (group := key.replace(".", "/")) in sections():
+        return f"its options are chosen with a slash, {' or '.join(f'{group}={name}' for name in sections()[group])}"
     if is_dataclass(field.type):
         return f"{key} has fields of its own: {', '.join(f'{key}.{name}' for name in fields_of(field.type))}"
     if field.type_name.startswith("list"):
         key = key.partition("[")[0]
         example = ",".join(map(str, field.default)) if isinstance(field.default, list) and field.default else "…"
-        return f"{key} takes a {field.type_name}, e.g. {key}=[{example if isinstance(value, str | dict) or '[' in str(value) else value}]"
+        alone = value is not None and not isinstance(value, str | dict) and "[" not in str(value)
+        return f"{key} takes a {field.type_name}, e.g. {key}=[{value if alone else example}]"
     return f"{key} takes {field.type_name}"
 
 

@@ -8,6 +8,7 @@ Not refused: `micro_batch_size` above a device's share of the batch (the share i
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,15 @@ def _run(config: ExperimentConfig) -> Iterator[str]:
         yield "run_root is empty; name a folder, e.g. run_root=runs"
     if config.seed < 0:
         yield f"seed={config.seed} is negative; use 0 or more"
+    if config.seed >= 1 << 32:
+        yield f"seed={config.seed} is out of range; use 0 to {(1 << 32) - 1}"
+    for field in fields(config.evaluation):
+        value = getattr(config.evaluation, field.name)
+        if isinstance(value, int) and value < 0:
+            yield f"evaluation.{field.name}={value} is negative; use 0 or more"
+    profile, steps = config.trainer.profile_step, config.trainer.max_steps
+    if profile is not None and steps is not None and profile > steps:
+        yield f"trainer.profile_step={profile} is after the last step; use 1 to trainer.max_steps={steps}"
 
 
 # ---------------------------------------------------------------------------------------------------------- this machine
@@ -207,6 +217,9 @@ def machine_problems(config: ExperimentConfig) -> list[str]:
 
 def _machine(config: ExperimentConfig, *, gpus: int) -> Iterator[str]:
     trainer = config.trainer
+    root = getattr(config.data, "root", None)
+    if root is not None and not Path(root).expanduser().is_dir():
+        yield f"data.root={root} is not a folder; data={config.data.name} needs data.root=FOLDER"
     on_gpu = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and gpus > 0)
     if getattr(config.head, "loss_implementation", None) == LMLossImplementation.fused_linear and not (on_gpu and gpus):
         reason = "none is found" if not gpus else f"trainer.accelerator={trainer.accelerator} does not use it"

@@ -180,8 +180,8 @@ class JsonlConfig(DataConfig):
     """Folder that the patterns are relative to."""
     include: list[str] = field(default_factory=lambda: ["**/*.jsonl", "**/*.jsonl.gz"])
     """Glob patterns of files to read."""
-    exclude: list[str] = field(default_factory=list)
-    """Glob patterns of files to leave out."""
+    exclude: list[str] = field(default_factory=lambda: ["runs/**"])
+    """Glob patterns of files to leave out; the records of runs, which lie in `runs`, unless changed."""
     text_field: str = "text"
     """Key of the document's text."""
 

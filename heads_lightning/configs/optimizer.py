@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -43,7 +44,7 @@ class OptimizerConfig(Option):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.average_decay is None or 0 < self.average_decay < 1, "average_decay", "0 < decay < 1, or null")
-        self.require(self.learning_rate > 0, "learning_rate", "more than 0")
+        self.require(0 < self.learning_rate < math.inf, "learning_rate", "more than 0")
         self.require(self.weight_decay >= 0, "weight_decay", "0 or more")
         self.require(self.dynamics_rate > 0, "dynamics_rate", "more than 0")
         self.require(self.max_grad_norm is None or self.max_grad_norm > 0, "max_grad_norm", "more than 0, or null")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SUMMARY, PAGE = "summary.txt", "report.html"
 CURVES, PARALLEL, TABLE = "curves.png", "parallel.png", "comparison.json"
+SEEN = 0.8
+"""The part of a colour map that is seen on white: viridis ends in yellow."""
 MOST_IN_LEGEND = 12
 
 
@@ -187,7 +189,7 @@ def parallel(comparison: Comparison) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    axes, colour = figure.subplots(), colormaps["viridis"]
     rows = [row for row in comparison.rows if math.isfinite(row.value)]
     names = [*comparison.keys, comparison.metric]
     scales = [_Scale([row.varied.get(key, "") for row in rows]) for key in comparison.keys] + [_Scale([f"{row.value!r}" for row in rows])]
@@ -195,10 +197,11 @@ def parallel(comparison: Comparison) -> "Figure":
         heights = [
             scale(text) for scale, text in zip(scales, [*(row.varied.get(k, "") for k in comparison.keys), f"{row.value!r}"], strict=True)
         ]
-        axes.plot(range(len(names)), heights, color=colormaps["viridis"](heights[-1]), alpha=0.8)
+        axes.plot(range(len(names)), heights, color=colour(SEEN * heights[-1]), alpha=0.8)
     for i, scale in enumerate(scales):
         scale.draw(axes, i)
-    axes.set(xticks=range(len(names)), xticklabels=names, yticks=[], ylim=(-0.05, 1.05))
+    axes.set(xticks=range(len(names)), xticklabels=names, yticks=[], ylim=(-0.05, 1.05), xlim=(-0.05, len(names) - 0.85))
+    axes.spines[:].set_visible(False)
     return figure
 
 
@@ -226,6 +229,8 @@ class _Scale:
         axes.axvline(position, color="0.3", linewidth=1)
         numbers = self._numbers or []
         few = numbers if len(numbers) <= 5 else [numbers[0], numbers[len(numbers) // 2], numbers[-1]]
-        for text in self._words if self._numbers is None else [repr(number) for number in few]:
+        texts = self._words if self._numbers is None else [repr(number) for number in few]
+        kept = [text for i, text in enumerate(texts) if not i or self(text) - self(texts[i - 1]) > 0.03]  # others would lie on it
+        for text in kept:
             shown = text if self._numbers is None else f"{float(text):.4g}"
-            axes.annotate(shown, (position, self(text)), xytext=(4, 0), textcoords="offset points", fontsize="small", va="center")
+            axes.annotate(shown, (position, self(text)), xytext=(4, 2), textcoords="offset points", fontsize="small", va="bottom")

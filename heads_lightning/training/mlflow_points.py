@@ -1,15 +1,16 @@
-"""A run's points as MLflow's metrics: names that it takes, numbers that are finite, and the cheapest way in."""
+"""A run's points as MLflow's metrics: names that it takes, numbers that are finite."""
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 from heads_lightning.training.mlflow_calls import Calls
 from heads_lightning.training.mlflow_limits import MAX_KEY, allowed_name
-from heads_lightning.training.mlflow_sqlite import Value, add_values, known_tables
 from heads_lightning.training.run_folder import point_from_record
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
 VALUES_PER_BATCH = 1000
 """Metrics in a call: MLflow's limit."""
@@ -25,48 +26,32 @@ class Points:
         self._nonfinite = nonfinite
         """By metric: how many values were not finite, and the first of them."""
         self._names: dict[str, str] = {}
-        self._taken: set[str] = set()
-        """Names that MLflow itself has taken from this process."""
-        database = calls.store.database
-        self._database = database if database is not None and calls.call(known_tables, database) else None
 
     def send(self, records: Iterable[dict[str, Any]], progress: Callable[[], None]) -> int:
         """Send the points of these records; returns the number of values. `progress` is called after every answer of the store."""
         values = [value for record in records for value in self._values(record)]
         for i in range(0, len(values), VALUES_PER_BATCH):
-            self._send(values[i : i + VALUES_PER_BATCH])
+            self._calls.batch(metrics=values[i : i + VALUES_PER_BATCH])
             progress()
         self._tag_nonfinite()
         return len(values)
 
-    def _send(self, values: Sequence[Value]) -> None:
-        """MLflow judges a name by its first values; the others may go where it would put them."""
-        known = [value for value in values if value.name in self._taken] if self._database else []
-        if known and self._database and self._add(self._database, known):
-            values = [value for value in values if value.name not in self._taken]
-        if values:
-            from mlflow.entities import Metric
-
-            if self._calls.batch(metrics=[Metric(*value) for value in values]):
-                self._taken.update(value.name for value in values)
-
-    def _add(self, database: Path, values: Sequence[Value]) -> bool:
-        return self._calls.call(add_values, database, self._calls.run_id, values)
-
-    def _values(self, record: dict[str, Any]) -> list[Value]:
+    def _values(self, record: dict[str, Any]) -> "list[Metric]":
         """Those of a point. What is not finite is counted in a tag: stores turn infinity into 1.8e308 and lose NaN."""
+        from mlflow.entities import Metric
+
         point = point_from_record(record)
         self.last_step = max(self.last_step, point.step)
         when = int(point.time * 1000)
         values = []
         for name, value in point.values.items():
             if math.isfinite(value):
-                values.append(Value(self._name(name), value, when, point.step))
+                values.append(Metric(self._name(name), value, when, point.step))
             else:
                 seen = self._nonfinite.setdefault(name, {"count": 0, "first_step": point.step, "first_value": str(value)})
                 seen["count"] += 1
         if point.tokens is not None:
-            values.append(Value("tokens", float(point.tokens), when, point.step))
+            values.append(Metric("tokens", float(point.tokens), when, point.step))
         return values
 
     def _tag_nonfinite(self) -> None:
