@@ -155,7 +155,7 @@ def find_checkpoint(reference: str, run_root: str = "runs") -> Path:
         return path
     if path.is_dir():
         return newest_checkpoint(path)
-    from heads_lightning.training.tracking import find_run_dir
+    from heads_lightning.tracking.open_run import find_run_dir
 
     folder = find_run_dir(reference, Path(run_root))
     if folder is None:

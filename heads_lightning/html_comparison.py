@@ -10,7 +10,7 @@ from typing import Any
 
 from heads_lightning.charts import chart, key
 from heads_lightning.html_report import curve_of, page, section
-from heads_lightning.training.run_folder import CONFIG, read_metrics
+from heads_lightning.tracking.run_folder import CONFIG, read_metrics
 
 CURVES = {"Held-out loss": "val/loss", "Training loss": "train/loss", "Gradient norm": "train/grad_norm"}
 """Titles, and the metric that each picture shows of every run."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from heads_lightning import charts
 from heads_lightning.charts import chart
-from heads_lightning.training.run_folder import PROVENANCE, Point, read_json, read_metrics
+from heads_lightning.tracking.run_folder import PROVENANCE, Point, read_json, read_metrics
 
 if TYPE_CHECKING:
     from heads_lightning.evaluation.scoring import Sample

@@ -28,9 +28,9 @@ from heads_lightning.evaluation import scoring
 from heads_lightning.experiment import Experiment, TrainedModel
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import Result
+from heads_lightning.tracking.process import is_first_rank
+from heads_lightning.tracking.run_folder import CONFIG
 from heads_lightning.training.attempts import agreed_name
-from heads_lightning.training.process import is_first_rank
-from heads_lightning.training.run_folder import CONFIG
 
 
 def build(config: ExperimentConfig, *, quiet: bool = False) -> Experiment:

@@ -10,7 +10,7 @@ from heads_lightning.configs.data import DataConfig
 from heads_lightning.data.scored import PreparedRecords
 from heads_lightning.data.shards import PreparedData
 from heads_lightning.data.sources import TRAIN, VALIDATION
-from heads_lightning.training.run_folder import Dataset
+from heads_lightning.tracking.run_folder import Dataset
 
 DIGEST_CHARACTERS = 36
 """Of a sha256: as much as MLflow keeps."""

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from heads_lightning.losses.value import ValueStatistics
-from heads_lightning.training.run_folder import Point, read_metrics
+from heads_lightning.tracking.run_folder import Point, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from heads_lightning.training.tracking import RunLog
+    from heads_lightning.tracking.open_run import RunLog
 
 LOSS, PARTS, GRADIENTS, RELIABILITY = "loss.png", "loss_parts.png", "gradients.png", "reliability.png"
 FEW_POINTS = 40

@@ -39,6 +39,8 @@ from heads_lightning.pictures import draw
 from heads_lightning.registry import ConfigError
 from heads_lightning.served_model import check_servable, write_model
 from heads_lightning.summary import summary_text
+from heads_lightning.tracking.open_run import RunLog, is_first_rank, open_run, read_metrics
+from heads_lightning.tracking.system_metrics import peak_flops
 from heads_lightning.training.agreement import SameConfig, settled
 from heads_lightning.training.averaging import WeightAverage
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
@@ -47,8 +49,6 @@ from heads_lightning.training.profiling import ProfileCallback
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.saving import CheckpointCallback
 from heads_lightning.training.spikes import SpikeWatch
-from heads_lightning.training.system_metrics import peak_flops
-from heads_lightning.training.tracking import RunLog, is_first_rank, open_run, read_metrics
 from heads_lightning.training.trainer import build_trainer
 
 

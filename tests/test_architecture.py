@@ -21,7 +21,7 @@ MOST_LINES, FEW = 400, 3
 LAYERS: dict[str, float] = {
     "registry": 0, "batch": 0, "new_tokens": 0, "onednn": 0, "precision": 0,
     "configs": 0.5,
-    "losses": 1, "objectives": 1, "backbones": 1,
+    "tracking": 1, "losses": 1, "objectives": 1, "backbones": 1,
     "heads": 2, "data": 2, "training": 2,
     "totals": 2.5,
     "module": 3,

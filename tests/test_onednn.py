@@ -22,8 +22,8 @@ from heads_lightning.configs.trainer import LinearKernel, TrainerConfig
 from heads_lightning.experiment import build
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
+from heads_lightning.tracking.run_folder import read_metrics
 from heads_lightning.training.agreement import settled
-from heads_lightning.training.run_folder import read_metrics
 
 pytestmark = pytest.mark.skipif(not onednn.is_right(), reason="PyTorch has no such product here")
 DIGITS = 2e-6

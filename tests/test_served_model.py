@@ -19,9 +19,9 @@ from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.evaluation.continuation import continuation
 from heads_lightning.registry import ConfigError
 from heads_lightning.served_model import signature_of
-from heads_lightning.training.mlflow_opening import connect
-from heads_lightning.training.mlflow_store import resolve_store
-from heads_lightning.training.tracking import send_later
+from heads_lightning.tracking.mlflow_opening import connect
+from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.open_run import send_later
 
 RUN = [*(o for o in TINY if o != "tracking=none"), "tracking.log_model=true", "tracking.system_metrics=false"]
 ROWS = [{"prefix": "def add(a, b):\n", "suffix": "    return c\n"}, {"prefix": "import ", "suffix": None}]

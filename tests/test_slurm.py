@@ -15,9 +15,9 @@ import slurm_cluster
 
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.sweeps.ledger import Ledger
-from heads_lightning.training.mlflow_opening import connect
-from heads_lightning.training.mlflow_store import resolve_store
-from heads_lightning.training.run_folder import read_json, read_metrics
+from heads_lightning.tracking.mlflow_opening import connect
+from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.run_folder import read_json, read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(slurm_cluster.missing()), reason=slurm_cluster.missing() or "there is one")]
 

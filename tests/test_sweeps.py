@@ -19,7 +19,7 @@ from heads_lightning.sweeps.comparison import compare, rank, summary
 from heads_lightning.sweeps.grid import grid, meets
 from heads_lightning.sweeps.ledger import Ledger, State
 from heads_lightning.sweeps.slots import own_gpus, slots, visible_gpus
-from heads_lightning.training.run_folder import read_records
+from heads_lightning.tracking.run_folder import read_records
 
 
 def command(*overrides: str) -> list[str]:
@@ -370,7 +370,7 @@ _OPEN = """
 import os, sys, time
 from pathlib import Path
 from heads_lightning.configs.tracking import NoTrackingConfig
-from heads_lightning.training.tracking import open_run
+from heads_lightning.tracking.open_run import open_run
 
 root = Path(sys.argv[1])
 log = open_run(NoTrackingConfig(), run_dir=root / sys.argv[2], run_root=root, name=sys.argv[2], config_flat={}, config_yaml="")

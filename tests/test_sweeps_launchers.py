@@ -11,7 +11,7 @@ from heads_lightning.configs.sweep import Pruner, Sampler, SweepConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps import settings
 from heads_lightning.sweeps.ledger import Ledger
-from heads_lightning.training.run_folder import read_metrics, read_records
+from heads_lightning.tracking.run_folder import read_metrics, read_records
 
 LAUNCHERS = {
     "joblib": ("hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),

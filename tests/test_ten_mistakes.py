@@ -17,8 +17,8 @@ from conftest import TINY
 
 from heads_lightning.__main__ import main
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.mlflow_opening import connect
-from heads_lightning.training.mlflow_store import resolve_store
+from heads_lightning.tracking.mlflow_opening import connect
+from heads_lightning.tracking.mlflow_store import resolve_store
 
 ROOT = Path(__file__).resolve().parents[1]
 SNAPSHOT = Path(__file__).parent / "snapshots" / "mistakes.txt"

@@ -12,14 +12,14 @@ import pytest
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.training import provenance
-from heads_lightning.training.mlflow_limits import allowed_name, cut
-from heads_lightning.training.mlflow_lookup import find_run_dir
-from heads_lightning.training.mlflow_opening import on_local_disk
-from heads_lightning.training.mlflow_store import Store, resolve_store, ui_command
-from heads_lightning.training.run_folder import METRICS, JsonLines, Point, point_record, read_lines, read_metrics, read_records, write_json
-from heads_lightning.training.system_metrics import SystemMetrics, parse_nvidia_smi
-from heads_lightning.training.tracking import FolderRunLog, NullRunLog, RunLog, is_first_rank, open_run, status_of
+from heads_lightning.tracking import provenance
+from heads_lightning.tracking.mlflow_limits import allowed_name, cut
+from heads_lightning.tracking.mlflow_lookup import find_run_dir
+from heads_lightning.tracking.mlflow_opening import on_local_disk
+from heads_lightning.tracking.mlflow_store import Store, resolve_store, ui_command
+from heads_lightning.tracking.open_run import FolderRunLog, NullRunLog, RunLog, is_first_rank, open_run, status_of
+from heads_lightning.tracking.run_folder import METRICS, JsonLines, Point, point_record, read_lines, read_metrics, read_records, write_json
+from heads_lightning.tracking.system_metrics import SystemMetrics, parse_nvidia_smi
 
 
 def open_untracked(folder: Path, **options: object) -> RunLog:
@@ -357,7 +357,7 @@ def test_nvidia_smi_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, heads_lightning.training.tracking; print([m for m in ('torch', 'lightning', 'mlflow') if m in sys.modules])"
+    code = "import sys, heads_lightning.tracking.open_run; print([m for m in ('torch', 'lightning', 'mlflow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

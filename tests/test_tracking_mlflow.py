@@ -20,18 +20,18 @@ import pytest
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.sweeps.warm import ONE_THREAD
-from heads_lightning.training.mlflow_calls import NotSent
-from heads_lightning.training.mlflow_opening import connect, experiment_id
-from heads_lightning.training.mlflow_run import MlflowRun
-from heads_lightning.training.mlflow_store import Store, resolve_store
-from heads_lightning.training.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
-from heads_lightning.training.tracking import RunLog, find_run_dir, open_parent, open_run, reap, send_later
+from heads_lightning.tracking.mlflow_calls import NotSent
+from heads_lightning.tracking.mlflow_opening import connect, experiment_id
+from heads_lightning.tracking.mlflow_run import MlflowRun
+from heads_lightning.tracking.mlflow_store import Store, resolve_store
+from heads_lightning.tracking.open_run import RunLog, find_run_dir, open_parent, open_run, reap, send_later
+from heads_lightning.tracking.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
 
 RUN = """
 import sys, time
 from pathlib import Path
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.tracking import open_ahead, open_run
+from heads_lightning.tracking.open_run import open_ahead, open_run
 
 root, name, ending = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 config = MLflowConfig(flush_seconds=0.5)
@@ -124,8 +124,8 @@ import os, sys
 from pathlib import Path
 import psutil
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.sender_process import import_to_fork
-from heads_lightning.training.tracking import open_ahead, open_run, store_of
+from heads_lightning.tracking.sender_process import import_to_fork
+from heads_lightning.tracking.open_run import open_ahead, open_run, store_of
 
 root, config = Path(sys.argv[1]), MLflowConfig(flush_seconds=0.5, system_metrics=False)
 import_to_fork(store_of(config, root).uri)
@@ -165,7 +165,7 @@ import sys
 from pathlib import Path
 import psutil
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.tracking import open_ahead
+from heads_lightning.tracking.open_run import open_ahead
 open_ahead(MLflowConfig(), run_root=Path(sys.argv[1]))
 print(psutil.Process().children()[0].pid)
 """
@@ -430,10 +430,10 @@ CHILDREN = """
 import sys
 from pathlib import Path
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
-from heads_lightning.training.mlflow_sync import Sender, tell_person
-from heads_lightning.training.mlflow_run import MlflowRun
-from heads_lightning.training.mlflow_store import Store, resolve_store
-from heads_lightning.training.tracking import open_run
+from heads_lightning.tracking.mlflow_sync import Sender, tell_person
+from heads_lightning.tracking.mlflow_run import MlflowRun
+from heads_lightning.tracking.mlflow_store import Store, resolve_store
+from heads_lightning.tracking.open_run import open_run
 
 root, sweep, first = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 store = resolve_store(MLflowConfig(), root, {})

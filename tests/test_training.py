@@ -19,6 +19,7 @@ from heads_lightning.configs.schedule import schedules
 from heads_lightning.module import TrainingStopped
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
+from heads_lightning.tracking.run_folder import read_metrics
 from heads_lightning.training.checkpoints import (
     KEY,
     checkpoint_path,
@@ -26,7 +27,6 @@ from heads_lightning.training.checkpoints import (
     read_checkpoint,
     saved_checkpoints,
 )
-from heads_lightning.training.run_folder import read_metrics
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:

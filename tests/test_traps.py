@@ -77,7 +77,7 @@ TRAPS = {
     "tied weights with a normalized head; z-loss and soft cap with fused losses": [
         "test_traps.test_a_tied_normalized_head_is_refused_in_a_sentence",
         "test_heads.test_matrix_of_heads_losses_and_features",
-        "test_heads.test_ties_that_cannot_be_are_refused",
+        "test_heads_building.test_ties_that_cannot_be_are_refused",
         "test_losses.test_declared_features_are_computed_without_falling_back",
     ],
 }

@@ -19,8 +19,8 @@ from heads_lightning.__main__ import main
 from heads_lightning.commands.ui import choose_port
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import RunError
-from heads_lightning.training.mlflow_opening import connect, experiment_id
-from heads_lightning.training.mlflow_store import resolve_store
+from heads_lightning.tracking.mlflow_opening import connect, experiment_id
+from heads_lightning.tracking.mlflow_store import resolve_store
 
 ROOT = Path(__file__).resolve().parents[1]
 

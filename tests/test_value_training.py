@@ -64,7 +64,7 @@ def test_two_processes_give_the_weights_of_one(tiny: list[str], tmp_path: Path, 
     command = [sys.executable, "-m", "heads_lightning", "train", *overrides, *ranks]
     subprocess.run([*command, f"hydra.run.dir={tmp_path / 'two'}"], check=True, timeout=240, capture_output=True)
     assert furthest(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
-    from heads_lightning.training.run_folder import read_metrics
+    from heads_lightning.tracking.run_folder import read_metrics
 
     two = {name: value for point in read_metrics(tmp_path / "two") for name, value in point.values.items()}
     for name in ("train/loss", "val/loss", "val/calibration_error", "val/value_mean"):

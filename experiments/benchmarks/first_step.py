@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from heads_lightning.training.run_folder import METRICS, SIDECAR
+from heads_lightning.tracking.run_folder import METRICS, SIDECAR
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET_SECONDS = 7.0

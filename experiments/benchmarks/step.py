@@ -24,11 +24,11 @@ from lightning.pytorch.callbacks import Callback
 from heads_lightning.composition import compose, flatten, to_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.experiment import build
+from heads_lightning.tracking.open_run import open_run
 from heads_lightning.training.agreement import settled
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
 from heads_lightning.training.optimizers import build_optimizer
 from heads_lightning.training.run_logger import RunLogger
-from heads_lightning.training.tracking import open_run
 from heads_lightning.training.trainer import build_trainer
 
 

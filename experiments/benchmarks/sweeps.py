@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from heads_lightning.sweeps.ledger import FILE, Ledger
-from heads_lightning.training.run_folder import read_metrics, read_records
+from heads_lightning.tracking.run_folder import read_metrics, read_records
 
 TINY = [
     "data=files", f"data.root={sysconfig.get_paths()['stdlib']}", "data.include=[json/*.py,email/*.py]", "data.sequence_length=64",

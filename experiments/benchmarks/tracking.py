@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
-from heads_lightning.training.tracking import RunLog, open_run
+from heads_lightning.tracking.open_run import RunLog, open_run
 
 Log = Callable[[dict[str, float], int], None]
 BARS = {"short step": 1.03, "usual step": 1.01}

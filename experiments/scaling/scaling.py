@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from heads_lightning.training.run_folder import read_metrics
+from heads_lightning.tracking.run_folder import read_metrics
 
 EXPERIMENT = [
     "data=files", f"data.root={sysconfig.get_paths()['stdlib']}", "data.include=[json/*.py,email/*.py,html/*.py,logging/*.py]",

@@ -76,7 +76,7 @@ def _folder(run: str, request: CompareRequest) -> Path:
         return path
     if path.is_file():
         return path.parent.parent
-    from heads_lightning.training.tracking import find_run_dir
+    from heads_lightning.tracking.open_run import find_run_dir
 
     folder = find_run_dir(run, Path(request.run_root))
     if folder is None:

@@ -195,7 +195,7 @@ import sys
 from pathlib import Path
 
 from heads_lightning.composition import from_yaml
-from heads_lightning.training.run_folder import read_metrics
+from heads_lightning.tracking.run_folder import read_metrics
 
 
 def main(sweep: Path) -> None:

@@ -12,9 +12,9 @@ from heads_lightning.commands.arguments import read
 from heads_lightning.commands.show import table
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.file_lock import file_lock
-from heads_lightning.training.mlflow_store import resolve_store
-from heads_lightning.training.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
+from heads_lightning.tracking.file_lock import file_lock
+from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
 
 SILENT_SECONDS = 120.0
 """A run of another machine counts as gone when its folder has not changed for so long."""
@@ -112,8 +112,8 @@ def _reap(root: Path, found: Sequence[Run]) -> int:
 
 def _reap_store(root: Path) -> None:
     """Runs of the MLflow store that show no sign of life: those of machines that are gone, whose folders may not be here."""
-    from heads_lightning.training.mlflow_lookup import reap
-    from heads_lightning.training.mlflow_opening import short_timeouts
+    from heads_lightning.tracking.mlflow_lookup import reap
+    from heads_lightning.tracking.mlflow_opening import short_timeouts
 
     store = resolve_store(MLflowConfig(), root)
     if store.database is not None and not store.database.exists():
@@ -129,8 +129,8 @@ def _reap_store(root: Path) -> None:
 
 def _sent(run: Run) -> str:
     """Bring MLflow up to date where the folder says that there is a run; what came of it, for the line."""
-    from heads_lightning.training.mlflow_header import read_header
-    from heads_lightning.training.tracking import send_later
+    from heads_lightning.tracking.mlflow_header import read_header
+    from heads_lightning.tracking.open_run import send_later
 
     if read_header(run.folder).uri is None:
         return ""

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from heads_lightning.configs.experiment import ExperimentConfig
+from heads_lightning.tracking.process import REQUEUE_SIGNALS, is_first_rank
 from heads_lightning.training.attempts import continued, is_restart, requeue, set_aside
-from heads_lightning.training.process import REQUEUE_SIGNALS, is_first_rank
 
 
 def run(config: ExperimentConfig, run_dir: Path) -> float | None:
@@ -17,7 +17,7 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
         if is_first_rank():
             set_aside(run_dir)
         config = continued(config, run_dir)
-    from heads_lightning.training.tracking import open_ahead
+    from heads_lightning.tracking.open_run import open_ahead
 
     open_ahead(config.tracking, run_root=Path(config.run_root))
     from heads_lightning.run import train

@@ -13,7 +13,7 @@ from pathlib import Path
 from heads_lightning.commands.arguments import read
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import ConfigError, RunError
-from heads_lightning.training.mlflow_store import Store, resolve_store
+from heads_lightning.tracking.mlflow_store import Store, resolve_store
 
 TRIES = 20
 """Ports that are tried, one after the other."""

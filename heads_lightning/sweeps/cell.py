@@ -19,9 +19,9 @@ from heads_lightning.composition.saved import from_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.registry import ConfigError, RunError
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
+from heads_lightning.tracking.open_run import open_ahead
+from heads_lightning.tracking.process import is_first_rank, status_of
 from heads_lightning.training.attempts import continued, set_aside
-from heads_lightning.training.process import is_first_rank, status_of
-from heads_lightning.training.tracking import open_ahead
 
 CLAIMED = 75
 """Exit code of a process that found the cell taken or finished (EX_TEMPFAIL: nothing is wrong, it is for somebody else)."""

@@ -12,13 +12,13 @@ from heads_lightning.html_comparison import cells_page
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps import settings
 from heads_lightning.sweeps.ledger import Entry, Ledger, State
-from heads_lightning.training.run_folder import ARTIFACTS, read_metrics
+from heads_lightning.tracking.run_folder import ARTIFACTS, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from heads_lightning.training.tracking import RunLog
+    from heads_lightning.tracking.open_run import RunLog
 
 SUMMARY, PAGE = "summary.txt", "report.html"
 CURVES, PARALLEL, TABLE = "curves.png", "parallel.png", "comparison.json"
@@ -140,9 +140,9 @@ def page(sweep_dir: Path, comparison: Comparison) -> str:
 
 def report(sweep_dir: Path) -> str:
     """The table as text after drawing anew; the sweep's MLflow run gets the pictures too, where its store is at hand."""
-    from heads_lightning.training.mlflow_header import read_header
-    from heads_lightning.training.run_folder import EVENTS, JsonLines, event
-    from heads_lightning.training.tracking import send_later
+    from heads_lightning.tracking.mlflow_header import read_header
+    from heads_lightning.tracking.open_run import send_later
+    from heads_lightning.tracking.run_folder import EVENTS, JsonLines, event
 
     compare(sweep_dir)
     notes = [f"pictures: {sweep_dir / PAGE}, {sweep_dir / ARTIFACTS / CURVES}, {sweep_dir / ARTIFACTS / PARALLEL}"]

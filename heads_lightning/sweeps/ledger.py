@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.file_lock import file_lock
-from heads_lightning.training.run_folder import JsonLines, read_records
+from heads_lightning.tracking.file_lock import file_lock
+from heads_lightning.tracking.run_folder import JsonLines, read_records
 
 FILE = "ledger.jsonl"
 CELLS = "cells"

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from heads_lightning.sweeps import settings
-from heads_lightning.training.process import is_first_rank
+from heads_lightning.tracking.process import is_first_rank
 from heads_lightning.training.run_logger import RunLogger
 
 if TYPE_CHECKING:

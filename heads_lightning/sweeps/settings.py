@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from heads_lightning.composition.saved import plain, section_from
 from heads_lightning.configs.sweep import SweepConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.run_folder import read_json, write_json
+from heads_lightning.tracking.run_folder import read_json, write_json
 
 FILE = "sweep.json"
 

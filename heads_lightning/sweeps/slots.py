@@ -14,7 +14,7 @@ from pathlib import Path
 
 from heads_lightning.composition.validation import available_gpus
 from heads_lightning.configs.experiment import ExperimentConfig
-from heads_lightning.training.file_lock import file_lock
+from heads_lightning.tracking.file_lock import file_lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 POLL_SECONDS = 0.2

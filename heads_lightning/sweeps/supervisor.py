@@ -22,7 +22,7 @@ from heads_lightning.sweeps.cell import CLAIMED, PROGRAM
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus
 from heads_lightning.sweeps.warm import WarmParent
-from heads_lightning.training.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
+from heads_lightning.tracking.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
 
 STOP_FILE = ".stop"
 """In a sweep's folder: start no further cell."""
@@ -117,7 +117,7 @@ _warm: WarmParent | None = None
 
 def _warm_parent(config: ExperimentConfig) -> WarmParent | None:
     """The parent of this process's cells; None where they cannot be forked."""
-    from heads_lightning.training.tracking import store_of
+    from heads_lightning.tracking.open_run import store_of
 
     global _warm
     if _warm is None:

@@ -24,7 +24,7 @@ from heads_lightning.sweeps.comparison import compare, summary
 from heads_lightning.sweeps.grid import grid, meets, varied
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.supervisor import STOP_FILE, close_warm_parent
-from heads_lightning.training.process import status_of
+from heads_lightning.tracking.process import status_of
 
 Compose = Callable[[Sequence[str]], tuple[DictConfig, str | None]]
 """From the overrides of a cell to (its tree, the folder that the user named for it; None for the cell's number)."""
@@ -139,7 +139,7 @@ class Sweep(ABC):
     @contextmanager
     def _parent_run(self) -> Iterator[None]:
         """The MLflow run that the cells' are children of; ended as the ledger says."""
-        from heads_lightning.training.tracking import open_parent
+        from heads_lightning.tracking.open_run import open_parent
 
         name = f"sweep {self.sweep_dir.name}"
         log = open_parent(self._tracking, sweep_dir=self.sweep_dir, run_root=self._run_root, name=name)

@@ -20,8 +20,8 @@ from typing import Any
 from heads_lightning.composition.store import prepare_store
 from heads_lightning.composition.validation import available_gpus
 from heads_lightning.sweeps.cell import PROGRAM, end_with_parent, main
-from heads_lightning.training.mlflow_sync import ADDRESS_VARIABLE
-from heads_lightning.training.sender_process import import_to_fork
+from heads_lightning.tracking.mlflow_sync import ADDRESS_VARIABLE
+from heads_lightning.tracking.sender_process import import_to_fork
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Environment in which imports start no thread: OpenBLAS (numpy) has a pool, the allocator of Arrow (pandas, for MLflow) a helper."""

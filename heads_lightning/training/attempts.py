@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from heads_lightning.configs.experiment import ExperimentConfig
-from heads_lightning.training.run_folder import EVENTS
+from heads_lightning.tracking.run_folder import EVENTS
 
 CHECKPOINTS = "checkpoints"
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")

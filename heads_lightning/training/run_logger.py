@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from heads_lightning.training.tracking import RunLog
+from heads_lightning.tracking.open_run import RunLog
 
 
 class RunLogger(Logger):

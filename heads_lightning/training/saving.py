@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from heads_lightning.configs.trainer import CheckpointFormat, TrainerConfig
 from heads_lightning.module import LanguageModule
 from heads_lightning.registry import ConfigError, RunError
+from heads_lightning.tracking.process import STOP_SIGNALS
 from heads_lightning.training.agreement import gathered
 from heads_lightning.training.checkpoints import (
     FOLDER,
@@ -28,7 +29,6 @@ from heads_lightning.training.checkpoints import (
     saved_checkpoints,
     step_of,
 )
-from heads_lightning.training.process import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from heads_lightning.training.distributed_checkpoints import FolderWriter

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_store import Store
-from heads_lightning.training.run_folder import EVENTS, read_records
+from heads_lightning.tracking.mlflow_store import Store
+from heads_lightning.tracking.run_folder import EVENTS, read_records
 
 
 class Header(NamedTuple):

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.file_lock import file_lock
-from heads_lightning.training.mlflow_store import Store
+from heads_lightning.tracking.file_lock import file_lock
+from heads_lightning.tracking.mlflow_store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -1,4 +1,4 @@
-"""What a run records, whoever takes it. tracking.py has the leaf that writes."""
+"""What a run records, whoever takes it. open_run.py has the leaf that writes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from heads_lightning.training.process import Status, status_of
-from heads_lightning.training.run_folder import Dataset
+from heads_lightning.tracking.process import Status, status_of
+from heads_lightning.tracking.run_folder import Dataset
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from heads_lightning.training.mlflow_calls import ITEMS_PER_BATCH, Calls, Refused
-from heads_lightning.training.mlflow_limits import MAX_DATASET_NAME, MAX_PARAM, allowed_name, cut
+from heads_lightning.tracking.mlflow_calls import ITEMS_PER_BATCH, Calls, Refused
+from heads_lightning.tracking.mlflow_limits import MAX_DATASET_NAME, MAX_PARAM, allowed_name, cut
 
 STEP_TAG = "step"
 """Optimizer steps that a model was trained for."""

@@ -1,4 +1,4 @@
-"""Keeps an MLflow run equal to a run folder. Runs as a process of its own: `python -m heads_lightning.training.mlflow_sync RUN_DIR`.
+"""Keeps an MLflow run equal to a run folder. Runs as a process of its own: `python -m heads_lightning.tracking.mlflow_sync RUN_DIR`.
 
 Why a process and not a thread: MLflow costs 0.06 to 0.2 ms of Python for every value and seconds to import, which a thread takes from
 the training loop through the interpreter lock; a slow, hung or dead server cannot hold up a loop that never talks to it; and when
@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.file_lock import file_lock
-from heads_lightning.training.mlflow_calls import NotSent
-from heads_lightning.training.mlflow_header import read_header
-from heads_lightning.training.mlflow_opening import import_client, short_timeouts
-from heads_lightning.training.mlflow_run import MlflowRun, Unsent
-from heads_lightning.training.mlflow_store import Store, store_at
-from heads_lightning.training.run_folder import LOG, SYSTEM, JsonLines, Point, point_record
+from heads_lightning.tracking.file_lock import file_lock
+from heads_lightning.tracking.mlflow_calls import NotSent
+from heads_lightning.tracking.mlflow_header import read_header
+from heads_lightning.tracking.mlflow_opening import import_client, short_timeouts
+from heads_lightning.tracking.mlflow_run import MlflowRun, Unsent
+from heads_lightning.tracking.mlflow_store import Store, store_at
+from heads_lightning.tracking.run_folder import LOG, SYSTEM, JsonLines, Point, point_record
 
 if TYPE_CHECKING:
-    from heads_lightning.training.system_metrics import SystemMetrics
+    from heads_lightning.tracking.system_metrics import SystemMetrics
 
 ADDRESS_VARIABLE = "HEADS_LIGHTNING_TRACKING_URI"
 """Environment variable that hands over the full address of the store: it may hold a password, which no file and no argument may."""
@@ -179,7 +179,7 @@ class Sender:
         self._next_sample = time.monotonic() + SYSTEM_SECONDS
         try:
             if self._system is None:
-                from heads_lightning.training.system_metrics import SystemMetrics
+                from heads_lightning.tracking.system_metrics import SystemMetrics
 
                 assert self._parent is not None
                 self._system = SystemMetrics(self._parent, self.run.run_dir)
@@ -250,7 +250,7 @@ def _follow_run(run_dir: Path, uri: str, parent: int, signals: IO[bytes]) -> int
 
 def main() -> int:
     """Command line of the process."""
-    parser = argparse.ArgumentParser(prog="python -m heads_lightning.training.mlflow_sync", description="Send a run folder to MLflow.")
+    parser = argparse.ArgumentParser(prog="python -m heads_lightning.tracking.mlflow_sync", description="Send a run folder to MLflow.")
     parser.add_argument("run_dir", type=Path, nargs="?")
     parser.add_argument("--uri", help="another store than the run's own")
     parser.add_argument("--follow", type=int, metavar="PID", help="follow the training process PID, which talks on standard input")

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import heads_lightning
-from heads_lightning.training.mlflow_opening import import_client
-from heads_lightning.training.mlflow_sync import ADDRESS_VARIABLE, follow
-from heads_lightning.training.run_folder import LOG
+from heads_lightning.tracking.mlflow_opening import import_client
+from heads_lightning.tracking.mlflow_sync import ADDRESS_VARIABLE, follow
+from heads_lightning.tracking.run_folder import LOG
 
 LONGEST_WAIT_SECONDS = 300.0
 """At the end of a run, for a store that takes data but slowly; the sender then goes on by itself."""
 START_SECONDS = 30.0
 """Importing MLflow and creating a store takes seconds, on a crowded machine some more."""
-PROGRAM = "heads_lightning.training.mlflow_sync"
+PROGRAM = "heads_lightning.tracking.mlflow_sync"
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class SenderProcess:
             logger.warning(text, message["values"], message["records"], self._run_dir, self._later())
 
     def _later(self) -> str:
-        return f"{sys.executable} -m heads_lightning.training.mlflow_sync {self._run_dir}"
+        return f"{sys.executable} -m heads_lightning.tracking.mlflow_sync {self._run_dir}"
 
 
 def _environment(uri: str) -> dict[str, str]:

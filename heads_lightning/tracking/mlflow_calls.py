@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heads_lightning.registry import ConfigError
-from heads_lightning.training.mlflow_limits import MAX_TAG, allowed_name, cut
-from heads_lightning.training.mlflow_opening import connect
-from heads_lightning.training.mlflow_store import Store
+from heads_lightning.tracking.mlflow_limits import MAX_TAG, allowed_name, cut
+from heads_lightning.tracking.mlflow_opening import connect
+from heads_lightning.tracking.mlflow_store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

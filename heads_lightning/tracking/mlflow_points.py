@@ -5,9 +5,9 @@ import zlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from heads_lightning.training.mlflow_calls import Calls
-from heads_lightning.training.mlflow_limits import MAX_KEY, allowed_name
-from heads_lightning.training.run_folder import point_from_record
+from heads_lightning.tracking.mlflow_calls import Calls
+from heads_lightning.tracking.mlflow_limits import MAX_KEY, allowed_name
+from heads_lightning.tracking.run_folder import point_from_record
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.training.mlflow_opening import connect, short_timeouts
-from heads_lightning.training.mlflow_store import resolve_store
-from heads_lightning.training.run_folder import SIDECAR, read_json
+from heads_lightning.tracking.mlflow_opening import connect, short_timeouts
+from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.run_folder import SIDECAR, read_json
 
 RUN_DIR_TAG = "run_dir"
 HEARTBEAT_TAG = "heartbeat"

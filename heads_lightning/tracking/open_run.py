@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from heads_lightning.configs.tracking import MLflowConfig, TrackingConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.training import provenance
-from heads_lightning.training.mlflow_lookup import find_run_dir, reap
-from heads_lightning.training.mlflow_store import Store, resolve_store, ui_command
-from heads_lightning.training.mlflow_sync import send_later
-from heads_lightning.training.process import Status, is_first_rank, status_of
-from heads_lightning.training.run_folder import (
+from heads_lightning.tracking import provenance
+from heads_lightning.tracking.mlflow_lookup import find_run_dir, reap
+from heads_lightning.tracking.mlflow_store import Store, resolve_store, ui_command
+from heads_lightning.tracking.mlflow_sync import send_later
+from heads_lightning.tracking.process import Status, is_first_rank, status_of
+from heads_lightning.tracking.run_folder import (
     ARTIFACTS,
     CONFIG,
     DIFF,
@@ -44,8 +44,8 @@ from heads_lightning.training.run_folder import (
     read_records,
     write_json,
 )
-from heads_lightning.training.run_log import NullRunLog, RunLog
-from heads_lightning.training.sender_process import SenderProcess, start_ahead
+from heads_lightning.tracking.run_log import NullRunLog, RunLog
+from heads_lightning.tracking.sender_process import SenderProcess, start_ahead
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from heads_lightning.training.file_lock import file_lock
-from heads_lightning.training.mlflow_calls import Calls
-from heads_lightning.training.mlflow_events import send_event
-from heads_lightning.training.mlflow_header import Header, read_header
-from heads_lightning.training.mlflow_lookup import HEARTBEAT_TAG, RUN_DIR_TAG
-from heads_lightning.training.mlflow_opening import experiment_id
-from heads_lightning.training.mlflow_points import Points
-from heads_lightning.training.mlflow_store import Store
-from heads_lightning.training.run_folder import (
+from heads_lightning.tracking.file_lock import file_lock
+from heads_lightning.tracking.mlflow_calls import Calls
+from heads_lightning.tracking.mlflow_events import send_event
+from heads_lightning.tracking.mlflow_header import Header, read_header
+from heads_lightning.tracking.mlflow_lookup import HEARTBEAT_TAG, RUN_DIR_TAG
+from heads_lightning.tracking.mlflow_opening import experiment_id
+from heads_lightning.tracking.mlflow_points import Points
+from heads_lightning.tracking.mlflow_store import Store
+from heads_lightning.tracking.run_folder import (
     EVENTS,
     METRICS,
     SENT,
