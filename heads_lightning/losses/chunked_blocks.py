@@ -44,8 +44,7 @@ def _workspace(size: int) -> Iterator[Tensor]:
         buffer = torch.empty(0, dtype=torch.uint8)
     if buffer.nbytes < size:
         del buffer  # before the larger one is made
-        with torch.inference_mode(False):
-            buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = torch.empty(size, dtype=torch.uint8)
     yield buffer[:size]
     if buffer.nbytes <= KEPT_BYTES:
         _kept[:] = [buffer]
