@@ -103,6 +103,13 @@ def test_conditions_that_are_refused(condition: str, message: str, tiny: list[st
         meets(compose(tiny), [condition])
 
 
+def test_a_launcher_for_slurm_where_there_is_none_is_one_line(tmp_path: Path) -> None:
+    done = sweep(tmp_path / "sweep", "hydra/launcher=submitit_slurm", "seed=1,2", check=False, PATH=str(tmp_path))
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
+    assert "needs Slurm, whose sbatch is not on this machine" in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_cell_is_known_by_what_it_computes(tiny: list[str]) -> None:
     config = compose(tiny)
     same = [*tiny, "name=other", "run_root=elsewhere", "tracking=mlflow", "tracking.experiment=x", "sweep.trials=3"]

@@ -19,12 +19,13 @@ import psutil
 import pytest
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
+from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps.warm import ONE_THREAD
 from heads_lightning.tracking.mlflow_calls import NotSent
 from heads_lightning.tracking.mlflow_opening import connect, experiment_id
 from heads_lightning.tracking.mlflow_run import MlflowRun
 from heads_lightning.tracking.mlflow_store import Store, resolve_store
-from heads_lightning.tracking.open_run import RunLog, find_run_dir, open_parent, open_run, reap, send_later
+from heads_lightning.tracking.open_run import RunLog, find_run_dir, open_ahead, open_parent, open_run, reap, send_later
 from heads_lightning.tracking.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
 
 RUN = """
@@ -260,6 +261,16 @@ def test_runs_of_dead_machines_are_reaped(tmp_path: Path) -> None:
     ids["foreign"] = client.create_run(experiment, run_name="foreign").info.run_id
     assert reap(tmp_path) == [ids["dead"]]
     assert {name: client.get_run(i).info.status for name, i in ids.items()} == {"dead": "KILLED", "alive": "RUNNING", "foreign": "RUNNING"}
+
+
+def test_a_store_that_can_never_be_written_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = MLflowConfig(uri=f"sqlite:///{tmp_path}/file/mlflow.db")
+    with pytest.raises(ConfigError, match=r"cannot be written \(.*: .*/file.*tracking=none"):
+        open_ahead(config, run_root=tmp_path)
+    with pytest.raises(ConfigError, match="cannot be written"), open_tracked(tmp_path, config=config):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Every cell is composed and checked before the first one starts, and written down
 cell is its hash and its folder, so a worker, wherever it is, composes nothing of its own.
 """
 
+import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,11 @@ class Sweep(ABC):
             ConfigError: a cell that cannot work; nothing was started.
             RunError: a cell failed.
         """
+        if self._launcher in REMOTE and shutil.which("sbatch") is None:
+            raise ConfigError(
+                f"hydra/launcher={self._launcher} needs Slurm, whose sbatch is not on this machine; start it from a login node of the "
+                f"cluster, or use hydra/launcher=submitit_local or joblib"
+            )
         with self._closed():
             self._prepare()
             self.sweep_dir.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """MLflow stores: which one a run uses, and how to look at it. Needs no MLflow and answers at once; mlflow_opening.py opens one."""
 
+import errno
 import os
 import re
 import sysconfig
@@ -43,6 +44,27 @@ class Store(NamedTuple):
     def on_server(self) -> bool:
         """Whether a tracking server stands between."""
         return self.uri.startswith(("http://", "https://", "databricks"))
+
+    def check_place(self) -> None:
+        """Refuse an SQLite file that cannot be written: unlike a server that is down, no later time will be better.
+
+        Raises:
+            ConfigError: with the reason.
+        """
+        if self.database is None:
+            return
+        try:
+            self.database.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{self.database}.lock", "ab"):
+                pass
+            # asked, not opened: closing a second descriptor of a file drops the locks that SQLite holds in this process
+            if self.database.exists() and not os.access(self.database, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.database))
+        except OSError as error:
+            raise ConfigError(
+                f"{self.uri} cannot be written ({error.strerror}: {error.filename}); name a file on a disk of this machine, "
+                f"e.g. tracking.uri=sqlite:///runs/mlflow.db, or tracking=none"
+            ) from None
 
 
 def resolve_store(config: MLflowConfig, run_root: Path, environment: Mapping[str, str] = os.environ) -> Store:

@@ -178,6 +178,7 @@ def open_ahead(tracking: TrackingConfig, *, run_root: Path) -> None:
     """Start what a run will need that this process opens in a moment: MLflow is imported beside what is imported here until then."""
     store = store_of(tracking, run_root)
     if store is not None and is_first_rank():
+        store.check_place()
         start_ahead(store.uri)
 
 
@@ -210,12 +211,15 @@ def open_run(
         resume: go on with the run in `run_dir`, and with the same MLflow run. Points it holds already are not logged again.
 
     Raises:
-        ConfigError: the address cannot be one of an MLflow store, or the folder holds a run. A store that is down is no error.
+        ConfigError: the address cannot be one of an MLflow store or its file cannot be written, or the folder holds a run. A server that
+            is down is no error.
     """
     run_dir = run_dir.resolve()
     store = store_of(tracking, run_root)
     if not is_first_rank():
         return NullRunLog(run_dir)
+    if store is not None:
+        store.check_place()
     run_dir.mkdir(parents=True, exist_ok=True)
     before = list(read_records(run_dir / EVENTS))
     if before and not resume:
