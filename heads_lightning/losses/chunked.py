@@ -26,7 +26,7 @@ from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats
 from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 36 << 20
+WORKSPACE_BYTES = 28 << 20
 """Logits that exist at a time on a CPU; where the blocked kernel computes, their memory is kept for the next call."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
@@ -103,7 +103,7 @@ def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: 
     workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
     accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
     if accumulator and device == "cpu":  # every chunk passes over it, and beside it a larger one is small
-        workspace += workspace // 2
+        workspace *= 2
     size = max(1, classes) * dtype.itemsize
     fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
     if rows <= fits or rows * size <= workspace + accumulator:
