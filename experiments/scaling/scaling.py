@@ -7,6 +7,7 @@ python experiments/scaling/scaling.py plan        # no run: memory and traffic o
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,9 @@ def speeds(run_dir: Path, processes: int, fields: list[str]) -> list[float]:
     """Positions a second of a run, point by point but for the first, which waits for everything."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     where = [f"trainer.devices={processes}", f"hydra.run.dir={run_dir}", f"run_root={run_dir.parent}"]
-    subprocess.run([*torchrun, "-m", "heads_lightning", "train", *EXPERIMENT, *fields, *where], check=True, capture_output=True)
+    command = [*torchrun, "-m", "heads_lightning", "train", *EXPERIMENT, *fields, *where]
+    # torchrun gives one thread to each of several processes, and all of them to one
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     found = [point.values.get("speed/tokens_per_second") for point in read_metrics(run_dir)]
     return [speed for speed in found if speed is not None][1:]
 

@@ -72,6 +72,11 @@ class _Problem(NamedTuple):
     piece: Tensor | None
     """In low precision, room for a few rows of a block in the type of the loss."""
 
+    @property
+    def sums_early(self) -> bool:
+        """Whether dX is summed while a block is in cache. In fp32 its scaling from block to block costs more than that saves."""
+        return self.piece is not None
+
     def block(self, columns: slice, rows: int) -> Tensor:
         """[rows, columns] of the memory."""
         first = rows * columns.start if self.spec.need_grad else 0
@@ -125,7 +130,7 @@ def blocked(
         for start in range(0, rows, spec.rows):
             part = slice(start, min(start + spec.rows, rows))
             chunk = _Chunk(hidden_ND[part], labels_N[part], terms.rows(part.start, part.stop))
-            sum_CD = torch.zeros(chunk.x_CD.shape, dtype=acc) if spec.need_dx else None
+            sum_CD = torch.zeros(chunk.x_CD.shape, dtype=acc) if spec.need_dx and problem.sums_early else None
             normalised, lse_C = _normalise_blocks(problem, chunk, sum_CD)
             _note_losses(problem, chunk, normalised, lse_C, stats, part)
             if spec.need_grad:
@@ -216,30 +221,35 @@ def _note_losses(problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_
 def _multiply_out(
     problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_C: Tensor, sum_CD: Tensor | None, gradients: Gradients, part: slice
 ) -> None:
-    """What is left of the gradients when the normaliser is known: dX's row factors, and a second sweep for dW and db."""
+    """What is left when the normaliser is known: row factors of a dX that is summed, and a second sweep for the other gradients."""
     labels_C, terms = chunk.labels_C, chunk.terms
     softmax_C = terms.softmax_factor(lse_C, problem.spec.z_loss_multiplier)
     factor_BC = (normalised.lse_BC - lse_C).exp_().mul_(softmax_C)
     hot_C = terms.weight_N * terms.hot_N
     factor_C = normalised.of_label(factor_BC, labels_C, problem.columns)
     label_C = normalised.of_label(normalised.label_BC, labels_C, problem.columns)
-    if gradients.dx_ND is not None and sum_CD is not None:
+    dx_CD = None if gradients.dx_ND is None else gradients.dx_ND[part]
+    if dx_CD is not None and sum_CD is not None:
         own_CD = problem.weight_VD[labels_C].to(problem.acc)
-        gradients.dx_ND[part] = sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1))
-    if gradients.dw_VD is None and gradients.db_V is None:
+        dx_CD.copy_(sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1)))
+        dx_CD = None
+    late = gradients._replace(dx_ND=None if dx_CD is None else dx_CD.zero_())
+    if all(gradient is None for gradient in late):
         return
     folds_C = factor_C.abs() > FOLD_SHARE * hot_C.abs()
     _put_labels(problem, chunk, label_C - torch.where(folds_C, hot_C / factor_C, 0.0))
     x_CD = chunk.x_CD.to(problem.acc)
     for number, columns in enumerate(problem.blocks()):
         block, factor_C = problem.block(columns, len(labels_C)), factor_BC[number]
-        if gradients.dw_VD is not None:
+        if late.dx_ND is not None:
+            late.dx_ND.addcmul_(problem.matmul(block, problem.weight_VD[columns].t()), factor_C.unsqueeze(1))
+        if late.dw_VD is not None:
             scaled_CD = (x_CD * factor_C.unsqueeze(1)).to(block.dtype)
-            _add_product(gradients.dw_VD[columns], block, scaled_CD, part.start == 0, problem.matmul)
-        if gradients.db_V is not None:
-            gradients.db_V[columns].addmv_(block.t().to(problem.acc), factor_C)
+            _add_product(late.dw_VD[columns], block, scaled_CD, part.start == 0, problem.matmul)
+        if late.db_V is not None:
+            late.db_V[columns].addmv_(block.t().to(problem.acc), factor_C)
     if not bool(folds_C.all()):
-        _subtract_hot(x_CD, labels_C, torch.where(folds_C, 0.0, hot_C), gradients)
+        _subtract_hot(x_CD, labels_C, torch.where(folds_C, 0.0, hot_C), problem.weight_VD, late)
 
 
 def _put_labels(problem: _Problem, chunk: _Chunk, values_C: Tensor) -> None:
@@ -260,10 +270,12 @@ def _add_product(total: Tensor, block: Tensor, x_CD: Tensor, first: bool, matmul
     add(matmul(block.t(), x_CD.t()))  # unnamed: freed before the next is made
 
 
-def _subtract_hot(x_CD: Tensor, labels_C: Tensor, hot_C: Tensor, gradients: Gradients) -> None:
-    """From dW and db, the one-hot terms of rows whose label's block is too improbable to hold them."""
+def _subtract_hot(x_CD: Tensor, labels_C: Tensor, hot_C: Tensor, weight_VD: Tensor, gradients: Gradients) -> None:
+    """From the gradients of a chunk, the one-hot terms of rows whose label's block is too improbable to hold them."""
     own = hot_C.nonzero().squeeze(1)
     labels, hot = labels_C[own], hot_C[own].unsqueeze(1)
+    if gradients.dx_ND is not None:
+        gradients.dx_ND.index_add_(0, own, weight_VD[labels] * hot, alpha=-1)
     if gradients.dw_VD is not None:
         gradients.dw_VD.index_add_(0, labels, (x_CD[own] * hot).to(gradients.dw_VD.dtype), alpha=-1)
     if gradients.db_V is not None:
