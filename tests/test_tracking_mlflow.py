@@ -271,6 +271,8 @@ def test_a_store_that_can_never_be_written_is_refused_before_anything_is_made(tm
     with pytest.raises(ConfigError, match="cannot be written"), open_tracked(tmp_path, config=config):
         pass
     assert not (tmp_path / "run").exists()
+    open_ahead(MLflowConfig(uri=f"sqlite:///{tmp_path}/new/mlflow.db"), run_root=tmp_path)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> None:

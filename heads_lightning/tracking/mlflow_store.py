@@ -45,8 +45,11 @@ class Store(NamedTuple):
         """Whether a tracking server stands between."""
         return self.uri.startswith(("http://", "https://", "databricks"))
 
-    def check_place(self) -> None:
+    def check_place(self, *, make: bool) -> None:
         """Refuse an SQLite file that cannot be written: unlike a server that is down, no later time will be better.
+
+        Args:
+            make: make its folder and its lock; else nothing is left behind, and what only the attempt would show is not seen.
 
         Raises:
             ConfigError: with the reason.
@@ -54,12 +57,15 @@ class Store(NamedTuple):
         if self.database is None:
             return
         try:
-            self.database.parent.mkdir(parents=True, exist_ok=True)
-            with open(f"{self.database}.lock", "ab"):
-                pass
+            if make:
+                self.database.parent.mkdir(parents=True, exist_ok=True)
+                with open(f"{self.database}.lock", "ab"):
+                    pass
             # asked, not opened: closing a second descriptor of a file drops the locks that SQLite holds in this process
-            if self.database.exists() and not os.access(self.database, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.database))
+            found = next(path for path in (self.database, *self.database.parents) if path.exists())
+            wrong = errno.ENOTDIR if found != self.database and not found.is_dir() else 0 if os.access(found, os.W_OK) else errno.EACCES
+            if wrong:
+                raise OSError(wrong, os.strerror(wrong), str(found))
         except OSError as error:
             raise ConfigError(
                 f"{self.uri} cannot be written ({error.strerror}: {error.filename}); name a file on a disk of this machine, "

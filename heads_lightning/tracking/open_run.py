@@ -178,7 +178,7 @@ def open_ahead(tracking: TrackingConfig, *, run_root: Path) -> None:
     """Start what a run will need that this process opens in a moment: MLflow is imported beside what is imported here until then."""
     store = store_of(tracking, run_root)
     if store is not None and is_first_rank():
-        store.check_place()
+        store.check_place(make=False)
         start_ahead(store.uri)
 
 
@@ -219,7 +219,7 @@ def open_run(
     if not is_first_rank():
         return NullRunLog(run_dir)
     if store is not None:
-        store.check_place()
+        store.check_place(make=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     before = list(read_records(run_dir / EVENTS))
     if before and not resume:
