@@ -90,7 +90,7 @@ def memory(
         _share_out(*computing, mesh)
         weights = sum(_bytes(p) for p in {id(p): p for p in (*backbone.parameters(), *head.parameters())}.values())
         optimizer = _optimizer_bytes(config, backbone, head)
-        gathered = _gathered_bytes(trainer, backbone, head)
+        gathered = _gathered_bytes(trainer, *computing)
         batch = _batch(sample, rows, attention)
         batch = batch._replace(**{n: fake.from_tensor(v) for n, v in batch._asdict().items() if isinstance(v, Tensor)})
         kept = kept_bytes(computing[0], batch, dtype if computed.endswith("-mixed") else None, recompute_every=trainer.recompute_every)
@@ -139,15 +139,15 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _gathered_bytes(trainer: TrainerConfig, backbone: Any, head: Any) -> int:
-    """Blocks are gathered ahead, or kept (reshard=False); what is no block is whole from its first use to its gradient."""
+    """Of a model in the type of what is gathered. Blocks are gathered ahead, or kept (reshard=False); what is no block is whole from its
+    first use to its gradient."""
     if trainer.parallel not in FULLY_SHARDED:
         return 0
     blocks = [sum(map(_bytes, block.parameters())) for block in backbone.blocks_in_order]
     ends = sum(map(_bytes, {id(p): p for p in (*backbone.parameters(), *head.parameters())}.values())) - sum(blocks)
     largest = max(blocks, default=0)
     held = min(BLOCKS_AHEAD, len(blocks)) * largest if trainer.reshard else sum(blocks)
-    share = 0.5 if _gathers_bfloat16(trainer) else 1.0
-    return round(share * (held + ends + ends + largest))  # weights, then gradients
+    return held + ends + ends + largest  # weights, then gradients
 
 
 def _gathers_bfloat16(trainer: TrainerConfig) -> bool:

@@ -56,6 +56,15 @@ def tiny(run_root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def no_stores_yet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A user who has never opened an MLflow store."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Models this small wait for threads more than they compute."""
     import torch

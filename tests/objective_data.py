@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from heads_lightning.objectives.base import Vocabulary
+from heads_lightning.testing.objectives import byte_vocabulary
 
 NAMED = ["<eod>", "<pad>", "<mask>", "<pre>", "<suf>", "<mid>", "<end>"]
 SENTINELS = [f"<extra_{k}>" for k in range(100)]
@@ -66,16 +68,9 @@ def vocabulary(size: int = 1500, pattern: str | None = None) -> Vocabulary:
     special = np.array([names[i] in NAMED + SENTINELS for i in range(len(names))])
     texts = tuple(b"" if special[i] else bytes(table[c] for c in names[i]) for i in range(len(names)))
     plain = Tokenizer.from_str(json.dumps(json.loads(made.to_str()) | {"added_tokens": []}))  # text that spells a sentinel is text
-    return Vocabulary(
+    return replace(  # the special tokens have the same ids
+        byte_vocabulary(),
         size=len(names),
-        end_of_document=0,
-        padding=1,
-        mask=2,
-        fim_prefix=3,
-        fim_suffix=4,
-        fim_middle=5,
-        fim_end=6,
-        sentinels=tuple(range(7, 107)),
         special_V=special,
         token_bytes=texts,
         word_start_V=np.array([bool(special[i]) or not (texts[i][:1].isalnum() or texts[i][:1] >= b"\x80") for i in range(len(names))]),

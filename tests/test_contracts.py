@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conversion_models import llama_folder
+from objective_pieces import VARIANTS, name_of
 from torch import Tensor
 
 from heads_lightning.backbones.transformer import Transformer
@@ -22,19 +23,7 @@ from heads_lightning.batch import Attention, Examples
 from heads_lightning.composition import prepare_store
 from heads_lightning.configs.backbone import backbones
 from heads_lightning.configs.head import DefaultLMHeadConfig, LMHeadConfig, LMLossImplementation, MLMHeadConfig, heads
-from heads_lightning.configs.objective import (
-    CausalConfig,
-    FIMConfig,
-    FIMCut,
-    FIMLevel,
-    MixtureConfig,
-    MLMConfig,
-    MLMCount,
-    MLMUnit,
-    ObjectiveConfig,
-    SPMLayout,
-    objectives,
-)
+from heads_lightning.configs.objective import CausalConfig, MLMConfig, ObjectiveConfig, objectives
 from heads_lightning.configs.transformer import TransformerConfig
 from heads_lightning.heads import DefaultLMHead, MLMHead
 from heads_lightning.losses import Projection, default
@@ -107,18 +96,7 @@ def test_objective(name: str) -> None:
     check_objective(objectives[name]())
 
 
-OPTIONS = [
-    FIMConfig(level=FIMLevel.document),
-    FIMConfig(cut=FIMCut.syntax),
-    FIMConfig(spm=SPMLayout.suffix_first, spm_rate=1.0),
-    MLMConfig(unit=MLMUnit.word),
-    MLMConfig(unit=MLMUnit.span),
-    MLMConfig(count=MLMCount.exact),
-    MixtureConfig(parts={"a": {"name": "causal", "mode": True}, "b": {"name": "fim", "rate": 1.0, "mode": True}}),
-]
-
-
-@pytest.mark.parametrize("config", OPTIONS, ids=["document", "syntax", "suffix-first", "word", "span", "exact", "modes"])
+@pytest.mark.parametrize("config", [config for config in VARIANTS if config != type(config)()], ids=name_of)
 def test_objective_with_options(config: ObjectiveConfig) -> None:
     check_objective(config)
 

@@ -1,35 +1,33 @@
-"""The record of a run in real MLflow stores: embedded SQLite opened by many, every way in which a process ends, a server that dies."""
+"""The record of a run in embedded MLflow stores that many open at once, and every way in which a run ends.
 
-import logging
+test_tracking_senders.py has the processes that send, test_tracking_server.py a server that dies.
+"""
+
 import os
-import pwd
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from tracked_runs import client_of, open_tracked, runs, steps, wait_for
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
-from heads_lightning.sweeps.warm import ONE_THREAD
 from heads_lightning.tracking.mlflow_calls import NotSent
-from heads_lightning.tracking.mlflow_opening import connect, experiment_id
+from heads_lightning.tracking.mlflow_opening import experiment_id
 from heads_lightning.tracking.mlflow_run import MlflowRun
-from heads_lightning.tracking.mlflow_store import Store, resolve_store
-from heads_lightning.tracking.open_run import RunLog, find_run_dir, open_ahead, open_parent, open_run, reap, send_later
-from heads_lightning.tracking.run_folder import EVENTS, METRICS, JsonLines, event, read_json, read_metrics
+from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.open_run import find_run_dir, open_ahead, open_parent, open_run, reap, send_later
+from heads_lightning.tracking.run_folder import EVENTS, JsonLines, event
+
+pytestmark = pytest.mark.usefixtures("no_stores_yet")
 
 RUN = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.tracking.open_run import open_ahead, open_run
@@ -39,6 +37,12 @@ config = MLflowConfig(flush_seconds=0.5)
 if name.startswith("ahead"):
     open_ahead(config, run_root=root)
 with open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml=f"name: {name}") as log:
+    if name in ("ahead-normal", "sigkill") and os.fork() == 0:  # a data worker that outlives the run and holds open what it was handed
+        os.closerange(0, 3)
+        end = time.monotonic() + 200
+        while not (root / "ended").exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        os._exit(0)
     for step in range(1, 201):
         log.log_metrics({"loss": 1 / step, "b": 2.0}, step=step, tokens=step * 10)
     print("logged", flush=True)
@@ -49,47 +53,13 @@ with open_run(config, run_dir=root / name, run_root=root, name=name, config_flat
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A user who has never opened a store."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield
-
-
 def start(root: Path, name: str, ending: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", RUN, str(root), name, ending]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def open_tracked(root: Path, name: str = "run", **options: Any) -> RunLog:
-    config = options.pop("config", None) or MLflowConfig(flush_seconds=0.5, exit_seconds=1.0)
-    arguments = {"run_dir": root / name, "config_flat": {"seed": "0"}, "config_yaml": "seed: 0\n"} | options
-    return open_run(config, run_root=root, name=name, **arguments)
-
-
-def client_of(root: Path) -> Any:
-    return connect(resolve_store(MLflowConfig(), root, {}))
-
-
-def runs(client: Any, experiment: str = "heads_lightning") -> dict[str, Any]:
-    found = client.get_experiment_by_name(experiment)
-    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])} if found else {}
-
-
-def steps(client: Any, run_id: str, name: str = "loss") -> list[int]:
-    return sorted(metric.step for metric in client.get_metric_history(run_id, name))
-
-
-def wait_for(condition: Any, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.2)
-
-
 def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path: Path) -> None:
+    began = int(time.time())
     signals = {"ctrl-c": signal.SIGINT, "sigterm": signal.SIGTERM, "sigkill": signal.SIGKILL, "ahead-sigkill": signal.SIGKILL}
     processes = {name: start(tmp_path, name, "wait") for name in signals}
     processes |= {name: start(tmp_path, name, name) for name in ("ahead-normal", "exception")}
@@ -102,12 +72,18 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
     assert {name: process.returncode for name, process in processes.items()} == {
         "ahead-normal": 0, "exception": 1, "ctrl-c": -2, "sigterm": -15, "sigkill": -9, "ahead-sigkill": -9,
     }, errors  # fmt: skip
+    assert "still taking" not in errors["ahead-normal"]  # the sender ended at once, though its stream is held open
     client = client_of(tmp_path)
     expected = {"ahead-normal": "FINISHED", "exception": "FAILED"} | dict.fromkeys(signals, "KILLED")
     # nobody waits for the senders of the two that died without a word
     wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == expected)
+    (tmp_path / "ended").touch()
     for name, run in runs(client).items():
         assert steps(client, run.info.run_id) == list(range(1, 201)), name
+        logged = {metric.timestamp for metric in client.get_metric_history(run.info.run_id, "loss")}
+        times = [run.info.start_time, min(logged), max(logged), run.info.end_time]
+        assert times == sorted(times), name
+        assert began * 1000 <= times[0] <= times[-1] <= time.time() * 1000
         assert run.data.metrics["tokens"] == 2000
         assert run.data.params == {"name": name}
         assert len(run.data.tags["config_sha256"]) == 64
@@ -120,62 +96,6 @@ def test_every_ending_gets_its_status_in_a_store_that_all_open_at_once(tmp_path:
     assert sqlite3.connect(tmp_path / "mlflow.db").execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
-FORKS = """
-import os, sys
-from pathlib import Path
-import psutil
-from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.tracking.sender_process import import_to_fork
-from heads_lightning.tracking.open_run import open_ahead, open_run, store_of
-
-root, config = Path(sys.argv[1]), MLflowConfig(flush_seconds=0.5, system_metrics=False)
-import_to_fork(store_of(config, root).uri)
-for name in ("normal", "sigkill"):
-    held = (root / f"{name}.held").open("w")  # what a fork must not keep open
-    pid = os.fork()
-    if pid == 0:
-        open_ahead(config, run_root=root)
-        (sender,) = psutil.Process().children()
-        log = open_run(config, run_dir=root / name, run_root=root, name=name, config_flat={"name": name}, config_yaml="")
-        assert log.wait_for_run_id(60)
-        opened = {Path(file.path).name for file in sender.open_files()}
-        print(sender.cmdline() == psutil.Process().cmdline(), ".mlflow.log.lock" in opened, f"{name}.held" in opened, flush=True)
-        for step in range(1, 201):
-            log.log_metrics({"loss": 1 / step}, step=step)
-        if name == "sigkill":
-            os.kill(os.getpid(), 9)
-        log.finish()
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="cells are forked on Linux alone")
-def test_a_process_that_has_imported_mlflow_forks_its_senders(tmp_path: Path) -> None:
-    line = [sys.executable, "-c", FORKS, str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | ONE_THREAD, timeout=120, check=True)
-    assert done.stdout.split() == ["True", "True", "False", "0", "True", "True", "False", "-9"], done
-    client = client_of(tmp_path)
-    wait_for(lambda: {name: run.info.status for name, run in runs(client).items()} == {"normal": "FINISHED", "sigkill": "KILLED"})
-    assert all(steps(client, run.info.run_id) == list(range(1, 201)) for run in runs(client).values())
-
-
-def test_a_sender_whose_run_is_never_opened_ends_with_its_process(tmp_path: Path) -> None:
-    code = """
-import sys
-from pathlib import Path
-import psutil
-from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.tracking.open_run import open_ahead
-open_ahead(MLflowConfig(), run_root=Path(sys.argv[1]))
-print(psutil.Process().children()[0].pid)
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    wait_for(lambda: not psutil.pid_exists(int(done.stdout)))
-    assert list(tmp_path.iterdir()) == []
-    assert done.stderr == ""
-
-
 def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) -> None:
     config = MLflowConfig(flush_seconds=0.5, system_metrics=False)
     parent = open_parent(config, sweep_dir=tmp_path / "sweep", run_root=tmp_path, name="sweep")
@@ -186,7 +106,6 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
             log.log_metrics({"loss": step, "odd@name": 1.0, "bad": float("inf") if step in (3, 4) else 1.0}, step=step)
         log.log_text("samples/a.txt", "text")
         first = log.wait_for_run_id(60)
-        check_manners(log.run_dir)
         client = client_of(tmp_path)
         assert client.get_run(first).info.status == "RUNNING"
     with open_tracked(tmp_path, "0", **options, config_flat={"seed": "1", "long": "x" * 7000, "a@b": "c"}, resume=True) as log:
@@ -219,40 +138,6 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
     assert steps(client, run.info.run_id) == list(range(1, 16))
 
 
-def check_manners(run_dir: Path) -> None:
-    """The sender gives way to training: of low priority where that counts, in its session, and out of reach of Ctrl-C."""
-    with open(run_dir / ".mlflow.log.lock", "rb") as lock:
-        found = [p for p in psutil.Process().children() if lock.name in {file.path for file in p.open_files()}]
-    (sender,) = found
-    assert sender.nice() == psutil.Process().nice() + 10
-    assert os.getsid(sender.pid) == os.getsid(0)
-    assert os.getpgid(sender.pid) == sender.pid
-
-
-def test_a_store_that_is_down_from_start_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = MLflowConfig(uri=f"http://127.0.0.1:{free_port()}", exit_seconds=1.0)
-    began = time.monotonic()
-    with open_tracked(tmp_path, config=config) as log:
-        assert time.monotonic() - began < 2
-        log.log_metrics({"loss": 1.0}, step=1, tokens=5)
-        wait_for(lambda: "does not take data (connection refused)" in caplog.text)
-        closing = time.monotonic()
-    assert time.monotonic() - closing < 10
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 2, warnings
-    assert "are not in MLflow; send them when it is back" in warnings[1]
-    assert [point.values for point in read_metrics(tmp_path / "run")] == [{"loss": 1.0}]
-    # the command that the message names works, here with another store
-    command = [*warnings[1].rpartition(": ")[2].split(), f"--uri=sqlite:///{tmp_path}/later.db"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()}, check=False)
-    assert (done.returncode, "is in MLflow" in done.stdout) == (0, True), done
-    client = connect(resolve_store(MLflowConfig(uri=f"sqlite:///{tmp_path}/later.db"), tmp_path))
-    run = runs(client)["run"]
-    assert (run.info.status, run.data.metrics["loss"], run.data.metrics["tokens"]) == ("FINISHED", 1.0, 5.0)
-    assert run.info.artifact_uri.startswith(f"{tmp_path}/mlartifacts/")
-    assert "config.yaml" in {file.path for file in client.list_artifacts(run.info.run_id)}
-
-
 def test_runs_of_dead_machines_are_reaped(tmp_path: Path) -> None:
     client = client_of(tmp_path)
     experiment = experiment_id(client, resolve_store(MLflowConfig(), tmp_path, {}), "heads_lightning")
@@ -276,6 +161,7 @@ def test_a_store_that_can_never_be_written_is_refused_before_anything_is_made(tm
 
 
 def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> None:
+    """What was not taken is tried again, and counted once."""
     with open_run(NoTrackingConfig(), run_dir=tmp_path / "run", run_root=tmp_path, name="run", config_flat={}, config_yaml="") as log:
         copy = MlflowRun(tmp_path / "run", store=resolve_store(MLflowConfig(), tmp_path, {}), say=print)
         copy.attach(live=True)
@@ -283,12 +169,13 @@ def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> N
         copy.send()
         client = client_of(tmp_path)
         client.delete_run(copy.run_id)
-        log.log_metrics({"loss": 2}, step=2)
+        log.log_metrics({"loss": 2, "bad": float("nan")}, step=2)
         with pytest.raises(NotSent, match="deleted"):
             copy.send()
         client.restore_run(copy.run_id)
         copy.send()
     assert steps(client, copy.run_id) == [1, 2]
+    assert client.get_run(copy.run_id).data.tags["nonfinite.bad"] == "1 values; the first at step 2: nan"
 
 
 def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -297,133 +184,6 @@ def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest
     client = client_of(tmp_path / "second")
     assert "Creating initial MLflow database tables" not in capfd.readouterr().err
     assert client.get_experiment_by_name("Default").artifact_location == f"{tmp_path}/second/mlartifacts/Default"
-
-
-# A real server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def server(folder: Path, port: int, backend: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A real tracking server on the database `backend`, in a process group of its own, so that its workers die with it."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", backend, "--artifacts-destination", str(folder / "served")]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
-    try:
-        wait_for(lambda: healthy(port) or process.poll() is not None, 120)
-        assert process.poll() is None, (folder / "server.log").read_text()
-        yield process
-    finally:
-        kill(process)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def healthy(port: int) -> bool:
-    try:
-        return urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).status == 200
-    except OSError:
-        return False
-
-
-def log_steps(log: RunLog, first: int, last: int) -> float:
-    """Log and return the longest single call in seconds."""
-    longest = 0.0
-    for step in range(first, last + 1):
-        began = time.perf_counter()
-        log.log_metrics({"loss": float(step)}, step=step, tokens=step)
-        longest = max(longest, time.perf_counter() - began)
-    return longest
-
-
-@contextmanager
-def database(kind: str, folder: Path) -> Iterator[str]:
-    """Address of a fresh database: a file, or a PostgreSQL of its own on loopback."""
-    if kind == "sqlite":
-        yield f"sqlite:///{folder}/server.db"
-        return
-    pytest.importorskip("psycopg")
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs:
-        pytest.skip("PostgreSQL is not installed")
-    data, port = folder / "postgresql", free_port()
-    data.mkdir()
-    owner = _postgres_owner(data)
-    subprocess.run([*owner, programs[-1] / "initdb", "-D", data, "-A", "trust", "-U", "tests"], check=True, capture_output=True)
-    options = ["-p", str(port), "-k", data, "-c", "listen_addresses=127.0.0.1"]
-    process = subprocess.Popen([*owner, programs[-1] / "postgres", "-D", data, *options], stderr=subprocess.DEVNULL)
-    try:
-        ready = [programs[-1] / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
-        wait_for(lambda: subprocess.run(ready, capture_output=True, check=False).returncode == 0)
-        yield f"postgresql+psycopg://tests@127.0.0.1:{port}/postgres"
-    finally:
-        process.send_signal(signal.SIGINT)  # its fast shutdown
-        process.wait(timeout=60)
-
-
-def _postgres_owner(data: Path) -> list[str]:
-    """Command that gives up root, as which PostgreSQL refuses to run; its folder is made reachable."""
-    if os.getuid() != 0:
-        return []
-    user = pwd.getpwnam("postgres")
-    os.chown(data, user.pw_uid, user.pw_gid)
-    for parent in data.parents:  # pytest's folders are for their owner alone
-        if parent.is_relative_to("/tmp") and parent != Path("/tmp"):
-            parent.chmod(parent.stat().st_mode | 0o711)
-    return ["setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
-
-
-@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-def test_a_server_that_dies_mid_run_costs_a_warning_and_no_value(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with database(kind, tmp_path) as backend:
-        check_a_server_that_dies(backend, tmp_path, caplog)
-
-
-def check_a_server_that_dies(backend: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="heads_lightning")
-    port = free_port()
-    connect(resolve_store(MLflowConfig(uri=backend), tmp_path))  # the tables; of SQLite from the template
-    config = MLflowConfig(uri=f"http://127.0.0.1:{port}", flush_seconds=0.2, system_metrics=False)
-    with open_tracked(tmp_path, config=config) as log:
-        with server(tmp_path, port, backend) as process:
-            log_steps(log, 1, 100)
-            assert log.wait_for_run_id(60)
-            wait_for(lambda: sent_all(log))
-            kill(process)
-            log.log_text("while_down.txt", "text")
-            for part in range(100, 400, 10):  # a little over a second of training against a dead server
-                log_steps(log, part + 1, part + 10)
-                log.flush()
-                time.sleep(0.05)
-            wait_for(lambda: "does not take data" in caplog.text)
-        with server(tmp_path, port, backend):
-            log_steps(log, 401, 500)
-            wait_for(lambda: "answers again" in caplog.text)
-            wait_for(lambda: sent_all(log))
-            log.finish()
-    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert len(warnings) == 1, warnings
-    assert [point.step for point in read_metrics(log.run_dir)] == list(range(1, 501))
-    client = connect(Store(uri=backend, artifacts=None))
-    run = runs(client)["run"]
-    assert run.info.status == "FINISHED"
-    assert steps(client, run.info.run_id) == list(range(1, 501))
-    assert list((tmp_path / "served").rglob("while_down.txt"))
-
-
-def sent_all(log: RunLog) -> bool:
-    return read_json(log.run_dir / "mlflow_sent.json").get("offsets", {}).get(METRICS) == (log.run_dir / METRICS).stat().st_size
 
 
 @pytest.mark.slow

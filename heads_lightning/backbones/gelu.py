@@ -43,9 +43,10 @@ def _argument(x: Tensor) -> Tensor:
 
 
 def _derivative(x: Tensor, z: Tensor, sigmoid: Tensor, out: Tensor | None = None) -> Tensor:
-    """Of x·σ(z); z is used up. 1 − σ(z) as σ(−z): where σ(z) is nearly 1, its rounding would be multiplied by a large x·dz/dx."""
-    slope = torch.addcmul(_LINEAR, x, x, value=3 * CUBIC, out=out).mul_(x).mul_(sigmoid)
-    return slope.mul_(z.neg_().sigmoid_()).add_(sigmoid)
+    """Of x·σ(z); z is used up. 1 − σ(z) as σ(−z): where σ(z) is nearly 1, its rounding would be multiplied by a large x·dz/dx. By x in the
+    end: x³ overflows long before x², and the other factors are 0 by then."""
+    slope = torch.addcmul(_LINEAR, x, x, value=3 * CUBIC, out=out).mul_(sigmoid)
+    return slope.mul_(z.neg_().sigmoid_()).mul_(x).add_(sigmoid)
 
 
 class _Gelu(torch.autograd.Function):

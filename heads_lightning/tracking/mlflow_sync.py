@@ -8,8 +8,8 @@ How: it reads the folder's JSON lines from where it stopped, sends them with `lo
 time stamps and a store keeps one copy of an equal point, so sending again after a crash repeats nothing. What cannot be sent stays where
 it is, in the folder; the same command sends it later.
 
-It follows the training process through its standard input: the first line names the run folder, then a byte means "look now", and the
-end of the stream means "training is over". On its standard output it tells, one JSON object a line, what the training process should show.
+It follows the training process through its standard input: the first line names the run folder, then a byte means "look now" or, as the
+end of the stream does, "training is over". On its standard output it tells, one JSON object a line, what the training process should show.
 """
 
 import argparse
@@ -42,11 +42,14 @@ if TYPE_CHECKING:
 
 ADDRESS_VARIABLE = "HEADS_LIGHTNING_TRACKING_URI"
 """Environment variable that hands over the full address of the store: it may hold a password, which no file and no argument may."""
+LOOK, OVER = b".", b"!"
+"""What the training process says: there is something to send now; it has ended. The second one because a child of its own that it forked
+and that lives on holds the stream open."""
 SYSTEM_SECONDS = 10.0
 HEARTBEAT_SECONDS = 30.0
 LONGEST_PAUSE_SECONDS = 30.0
 ORPHAN_CHECK_SECONDS = 2.0
-"""A data worker that outlives its killed parent holds the pipe open, so the parent is also looked for."""
+"""A data worker that outlives its killed parent holds the stream open, so the parent is also looked for."""
 
 
 class HidingStream(io.TextIOBase):
@@ -111,7 +114,7 @@ class Sender:
                 next_try = 0.0
 
     def _listen(self, signals: IO[bytes]) -> None:
-        while signals.read(1):
+        while signals.read(1) == LOOK:
             self._wake.set()
         self._closed = True
         self._wake.set()

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import heads_lightning
 from heads_lightning.tracking.mlflow_opening import import_client
-from heads_lightning.tracking.mlflow_sync import ADDRESS_VARIABLE, follow
+from heads_lightning.tracking.mlflow_sync import ADDRESS_VARIABLE, LOOK, OVER, follow
 from heads_lightning.tracking.run_folder import LOG
 
 LONGEST_WAIT_SECONDS = 300.0
@@ -63,6 +64,8 @@ def _become_sender(uri: str, parent: int, stdin: int, stdout: int) -> NoReturn:
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         sys.stdout = os.fdopen(1, "w")
         code = follow(uri, parent)
+    except BaseException:
+        traceback.print_exc()  # mlflow.log has it, as from an interpreter of its own
     finally:
         os._exit(code)
 
@@ -139,11 +142,13 @@ class SenderProcess:
         """Ask for an immediate look at the folder. Never waits: a full pipe holds enough wakes already."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
-            os.write(self._process.stdin.fileno(), b".")
+            os.write(self._process.stdin.fileno(), LOOK)
 
     def close(self) -> None:
         """Say that training is over, and wait while the sender gets on."""
         assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            os.write(self._process.stdin.fileno(), OVER)
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         self._last_sign = started = time.monotonic()

@@ -91,7 +91,8 @@ class ShardedStrategy(ModelParallelStrategy):
         pinned = self.root_device.type != "cpu"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload else OffloadPolicy()
         mesh = self.mesh[SHARD] if self.config.parallel == Parallel.fsdp_tensor else self.mesh
-        units = [(part, exact) for part in backbone.exact_modules if kind] + [(block, policy) for block in backbone.blocks_in_order]
+        apart = backbone.exact_modules if kind or self.config.precision == "bf16-true" else []  # a unit has weights of one type
+        units = [(part, exact) for part in apart] + [(block, policy) for block in backbone.blocks_in_order]
         for unit, of_unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=of_unit, offload_policy=offload, reshard_after_forward=self.config.reshard)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
