@@ -62,6 +62,18 @@ def test_a_prompt_of_two_documents_leaves_the_state_of_the_last() -> None:
         torch.testing.assert_close(got, model(batch_of(tokens[:, 12:]), alone), rtol=1e-9, atol=1e-9)
 
 
+def test_documents_begin_in_the_middle_of_what_is_read_on() -> None:
+    """The first piece comes without segments; and a number that comes again, after another document, is a new document."""
+    model, tokens = enlarged(CAUSAL), draw_tokens(1, 18)
+    segments = torch.tensor([[0] * 8 + [1] * 6 + [0] * 4])
+    with torch.no_grad():
+        cache = model.new_cache(1, 18)
+        pieces = [model(batch_of(tokens[:, :5]), cache)]
+        pieces += [model(batch_of(tokens[:, a:b], segments_BS=segments[:, a:b]), cache) for a, b in ((5, 12), (12, 18))]
+        apart = [model(batch_of(tokens[:, a:b])) for a, b in ((0, 8), (8, 14), (14, 18))]
+    torch.testing.assert_close(torch.cat(pieces, 1), torch.cat(apart, 1), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_rows_chosen_anew_go_on_with_what_those_rows_have_read(name: str) -> None:
     """Beam search. Documents end at another place in each row: state, segment and position go with the row."""

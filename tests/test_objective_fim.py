@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -279,6 +281,12 @@ class TestPrompt:
     def test_refuses_another_layout(self):
         with pytest.raises(ConfigError, match="psm or spm"):
             fim_prompt(np.array([9]), np.array([9]), vocabulary(), "mps")
+
+    def test_a_suffix_first_prompt_alone_needs_no_middle_sentinel(self):
+        v, part = replace(vocabulary(), fim_middle=None), np.array([9])
+        assert fim_prompt(part, part, v, "spm", SPMLayout.suffix_first).tolist() == [EOD, SUF, 9, PRE, 9]
+        with pytest.raises(ConfigError, match="fim_middle"):
+            fim_prompt(part, part, v, "psm", SPMLayout.suffix_first)
 
     def test_invert_refuses_a_broken_piece(self):
         with pytest.raises(ValueError, match="not one whole"):

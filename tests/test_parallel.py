@@ -92,6 +92,7 @@ def sharded(tiny: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases[folder / f"muon_{parallel}"] = [*tiny, *FSDP, *MUON, f"trainer.parallel={parallel}"]
     for model in ("mlm", "bigs"):
         cases[folder / f"{model}_bfloat16"] = [*of(model, tiny), *FSDP, "trainer.gather_dtype=bfloat16", "trainer.reshard=false"]
+    cases[folder / "bigs_kept_as_bfloat16"] = [*of("bigs", tiny), *FSDP, "trainer.precision=bf16-true"]
     train_ranks(cases)
     return folder
 
@@ -130,10 +131,10 @@ def test_muon_of_devices_that_compute_together_differs_as_another_cut_does(tiny:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("model", ["mlm", "bigs"])
-def test_weights_gathered_as_bfloat16_cost_rounding_alone(sharded: Path, model: str) -> None:
-    """Those of a state-space model are gathered as they are: they would be another model's."""
-    exact, rounded = (curve(sharded / name, "train/loss") for name in (model, f"{model}_bfloat16"))
+@pytest.mark.parametrize(("model", "coarse"), [("mlm", "bfloat16"), ("bigs", "bfloat16"), ("bigs", "kept_as_bfloat16")])
+def test_weights_gathered_as_bfloat16_cost_rounding_alone(sharded: Path, model: str, coarse: str) -> None:
+    """Those of a state-space model are kept and gathered as they are: they would be another model's."""
+    exact, rounded = (curve(sharded / name, "train/loss") for name in (model, f"{model}_{coarse}"))
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=0.01)  # bf16 keeps 8 bits
 

@@ -79,7 +79,7 @@ class StateCache(Cache):
         same_BS = (segments_BS == segment_B[:, None]).cumprod(dim=1).bool()
         positions_BS = positions_in_segments(segments_BS) + same_BS * run_B[:, None]
         self._segment_B, self._run_B = segments_BS[:, -1], positions_BS[:, -1] + 1
-        return Course(positions_BS, segments_BS if tokens_BS.shape[1] > 1 else None, same_BS, dtype)
+        return Course(positions_BS, segments_BS, same_BS, dtype)
 
     def reorder(self, rows: Tensor) -> None:
         """Row b goes on with what row rows[b] has read."""

@@ -119,7 +119,8 @@ class FIM(Objective):
 
     def __init__(self, config: FIMConfig, vocabulary: Vocabulary) -> None:
         self.layouts = config.layouts(vocabulary.fim_format)
-        self._sentinels = fim_sentinels(vocabulary, self.layouts.spm)
+        needs_middle = self.layouts.spm is not SPMLayout.suffix_first or self.layouts.spm_rate < 1
+        self._sentinels = fim_sentinels(vocabulary, needs_middle=needs_middle)
         self.config = config
         self.vocabulary = vocabulary
         self.cutter = _cutter(config.cut, vocabulary)

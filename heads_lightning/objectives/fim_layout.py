@@ -12,9 +12,9 @@ from heads_lightning.objectives.base import Vocabulary, require_roles
 from heads_lightning.registry import ConfigError
 
 
-def fim_sentinels(vocabulary: Vocabulary, spm: SPMLayout) -> tuple[int, int, int, int]:
-    """PRE, SUF, MID, END; where the layout has no MID, SUF stands for it and is not used."""
-    if spm == SPMLayout.suffix_first and vocabulary.fim_middle is None:
+def fim_sentinels(vocabulary: Vocabulary, *, needs_middle: bool) -> tuple[int, int, int, int]:
+    """PRE, SUF, MID, END; suffix-first pieces need no MID: where there is none, SUF stands for it and is not used."""
+    if not needs_middle and vocabulary.fim_middle is None:
         pre, suf, end = require_roles(vocabulary, ("fim_prefix", "fim_suffix", "fim_end"), "fim")
         return pre, suf, suf, end
     pre, suf, mid, end = require_roles(vocabulary, FIMConfig.special_tokens, "fim")
@@ -39,7 +39,8 @@ def fim_prompt(
         document_start: whether the prefix begins at the document's beginning (then a marker stands in front).
         mode: the mode token that pieces of this kind opened with in a mixture.
     """
-    pre, suf, mid, _ = ([token] for token in fim_sentinels(vocabulary, spm_variant))
+    needs_middle = layout == "psm" or spm_variant != SPMLayout.suffix_first
+    pre, suf, mid, _ = ([token] for token in fim_sentinels(vocabulary, needs_middle=needs_middle))
     opening = [mode] if mode is not None else [vocabulary.end_of_document] * document_start
     if layout not in ("psm", "spm"):
         raise ConfigError(f"layout={layout} of an infilling prompt does not exist; it is psm or spm")
