@@ -243,6 +243,7 @@ def test_the_plan_follows_the_layout(overrides: list[str]) -> None:
     assert rounded.activations < 0.7 * fsdp.activations  # the residual stream is bfloat16 too
     coarse = of("trainer.devices=2", "trainer.parallel=fsdp", "trainer.gather_dtype=bfloat16", "trainer.precision=bf16-true")
     assert (coarse.weights, coarse.gathered) == (fsdp.weights // 2, rounded.gathered)  # gathered as they are kept
+    assert of("trainer.devices=2", "trainer.gather_dtype=bfloat16") == whole  # nothing is gathered
     offloaded = of("trainer.devices=2", "trainer.parallel=fsdp", "trainer.offload=true")
     assert offloaded.host == 2 * fsdp.weights + fsdp.optimizer
     assert offloaded.total == offloaded.gathered + offloaded.activations + offloaded.loss

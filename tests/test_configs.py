@@ -170,6 +170,23 @@ def test_what_is_loaded_once_composes_to_the_same():
         assert [compose(overrides) for overrides in given] == apart
 
 
+def test_what_was_loaded_is_kept_for_its_folder_and_no_longer_than_asked(tmp_path):
+    def write(folder, seed):
+        (tmp_path / folder / "experiment").mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "experiment" / "mine.yaml").write_text(f"# @package _global_\nseed: {seed}\n")
+
+    def seed_of(folder):
+        return compose(["experiment=mine"], config_dir=tmp_path / folder).seed
+
+    write("a", 1)
+    write("b", 2)
+    with loaded_once():
+        assert (seed_of("a"), seed_of("b")) == (1, 2)
+        write("a", 3)
+        assert seed_of("a") == 1
+    assert seed_of("a") == 3
+
+
 def test_an_option_that_cannot_be_kept_is_loaded_again(monkeypatch):
     """A class made inside a function has no name to be unpickled by."""
 
