@@ -18,7 +18,7 @@ from tracked_runs import client_of, open_tracked, runs, steps, wait_for
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.tracking.mlflow_calls import NotSent
-from heads_lightning.tracking.mlflow_opening import experiment_id
+from heads_lightning.tracking.mlflow_opening import connect, experiment_id
 from heads_lightning.tracking.mlflow_run import MlflowRun
 from heads_lightning.tracking.mlflow_store import resolve_store
 from heads_lightning.tracking.open_run import find_run_dir, open_ahead, open_parent, open_run, reap, send_later
@@ -177,6 +177,11 @@ def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> N
         copy.send()
     assert steps(client, copy.run_id) == [1, 2]
     assert client.get_run(copy.run_id).data.tags["nonfinite.bad"] == "1 values; the first at step 2: nan"
+    # another store gets all of it
+    other = f"sqlite:///{tmp_path}/other.db"
+    assert send_later(tmp_path / "run", uri=other) == (0, 0)
+    client = connect(resolve_store(MLflowConfig(uri=other), tmp_path))
+    assert steps(client, runs(client)["run"].info.run_id) == [1, 2]
 
 
 def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
