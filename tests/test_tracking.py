@@ -13,6 +13,7 @@ import pytest
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.tracking import provenance
+from heads_lightning.tracking.mlflow_header import read_header
 from heads_lightning.tracking.mlflow_limits import allowed_name, cut
 from heads_lightning.tracking.mlflow_lookup import find_run_dir
 from heads_lightning.tracking.mlflow_opening import on_local_disk
@@ -127,6 +128,15 @@ def read_records_of_json(path: Path):
 def test_an_artifact_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     with open_untracked(tmp_path) as log, pytest.raises(ValueError, match="no name for an artifact"):
         log.log_text(name, "")
+
+
+def test_a_resumed_run_began_when_it_first_did_and_is_copied_as_it_now_asks(tmp_path: Path) -> None:
+    open_untracked(tmp_path, parent="one").finish()
+    open_untracked(tmp_path, parent="another", resume=True).finish()
+    first, last = (record for record in read_records(tmp_path / "run" / "tracking.jsonl") if record["kind"] == "open")
+    header = read_header(tmp_path / "run")
+    assert header.started == first["time"] < last["time"]
+    assert header.parent == "another"
 
 
 def test_resuming_with_another_config_keeps_both(tmp_path: Path) -> None:

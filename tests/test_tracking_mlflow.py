@@ -21,7 +21,7 @@ from heads_lightning.tracking.mlflow_calls import NotSent
 from heads_lightning.tracking.mlflow_opening import connect, experiment_id
 from heads_lightning.tracking.mlflow_run import MlflowRun
 from heads_lightning.tracking.mlflow_store import resolve_store
-from heads_lightning.tracking.open_run import find_run_dir, open_ahead, open_parent, open_run, reap, send_later
+from heads_lightning.tracking.open_run import RunLog, find_run_dir, open_ahead, open_parent, open_run, reap, send_later
 from heads_lightning.tracking.run_folder import EVENTS, JsonLines, event
 
 pytestmark = pytest.mark.usefixtures("no_stores_yet")
@@ -182,6 +182,23 @@ def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> N
     assert send_later(tmp_path / "run", uri=other) == (0, 0)
     client = connect(resolve_store(MLflowConfig(uri=other), tmp_path))
     assert steps(client, runs(client)["run"].info.run_id) == [1, 2]
+
+
+def test_a_resumed_run_that_disappears_does_not_end_as_it_did_before(tmp_path: Path) -> None:
+    def opened(*, resume: bool) -> RunLog:
+        settings: dict[str, Any] = {"config_flat": {}, "config_yaml": "", "resume": resume}
+        return open_run(NoTrackingConfig(), run_dir=tmp_path / "run", run_root=tmp_path, name="run", **settings)
+
+    opened(resume=False).finish()
+    log = opened(resume=True)
+    copy = MlflowRun(tmp_path / "run", store=resolve_store(MLflowConfig(), tmp_path, {}), say=print)
+    copy.attach(live=True)
+    client, statuses = client_of(tmp_path), []
+    for finish in (lambda: None, lambda: log.finish("FAILED")):
+        finish()
+        copy.close(default="KILLED")
+        statuses.append(client.get_run(copy.run_id).info.status)
+    assert statuses == ["KILLED", "FAILED"]
 
 
 def test_a_fresh_store_starts_from_finished_tables(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
