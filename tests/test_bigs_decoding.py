@@ -65,12 +65,12 @@ def test_a_prompt_of_two_documents_leaves_the_state_of_the_last() -> None:
 def test_documents_begin_in_the_middle_of_what_is_read_on() -> None:
     """The first piece comes without segments; and a number that comes again, after another document, is a new document."""
     model, tokens = enlarged(CAUSAL), draw_tokens(1, 18)
-    segments = torch.tensor([[0] * 8 + [1] * 6 + [0] * 4])
+    segments = torch.tensor([[0] * 8 + [1] * 4 + [0] * 3 + [1] * 3])
     with torch.no_grad():
         cache = model.new_cache(1, 18)
         pieces = [model(batch_of(tokens[:, :5]), cache)]
         pieces += [model(batch_of(tokens[:, a:b], segments_BS=segments[:, a:b]), cache) for a, b in ((5, 12), (12, 18))]
-        apart = [model(batch_of(tokens[:, a:b])) for a, b in ((0, 8), (8, 14), (14, 18))]
+        apart = [model(batch_of(tokens[:, a:b])) for a, b in ((0, 8), (8, 12), (12, 15), (15, 18))]
     torch.testing.assert_close(torch.cat(pieces, 1), torch.cat(apart, 1), rtol=1e-9, atol=1e-9)
 
 
