@@ -417,9 +417,14 @@ def test_a_confident_model_keeps_its_small_gradients() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)], ids=str)
-def test_a_label_too_improbable_for_its_probability_to_tell_the_normaliser(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "blocked_from", "tolerance"), [(torch.float32, 1, 1e-5), (torch.bfloat16, 1, 4e-3), (torch.bfloat16, N + 1, 4e-3)], ids=str
+)
+def test_a_label_too_improbable_for_its_probability_to_tell_the_normaliser(
+    dtype: torch.dtype, blocked_from: int, tolerance: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits of ±128, exact in either type: e⁻²⁵⁶ is zero in fp32. The losses are those of the logits all the same."""
+    monkeypatch.setattr(chunked, "MIN_BLOCKED_ROWS", blocked_from)
     case = make_case(dtype, bias=bias, masked=0.0)
     case = case._replace(weight=case.weight.sign(), hidden=128 * torch.eye(D, dtype=dtype)[torch.arange(N) % D])
     worst = case._replace(labels=(case.hidden @ case.weight.t()).argmin(1))
