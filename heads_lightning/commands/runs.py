@@ -14,6 +14,7 @@ from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.tracking.file_lock import file_lock
 from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.process import is_there
 from heads_lightning.tracking.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
 
 SILENT_SECONDS = 120.0
@@ -84,13 +85,7 @@ def describe(folder: Path) -> Run:
 def _alive(folder: Path, opened: dict[str, Any]) -> bool:
     """Whether the process that opened the run is there; that of another machine by the age of its newest record."""
     if opened.get("host") == socket.gethostname() and "pid" in opened:
-        import psutil
-
-        try:
-            # a process that took over the number is younger than the run
-            return psutil.Process(opened["pid"]).create_time() <= opened["time"] + 1
-        except psutil.NoSuchProcess:
-            return False
+        return is_there(opened["pid"], since=opened["time"])
     newest = max(
         (path.stat().st_mtime for path in (folder / METRICS, folder / EVENTS, folder / "system.jsonl") if path.exists()), default=0
     )
