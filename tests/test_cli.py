@@ -456,6 +456,8 @@ LIGHT = [
     "train --help",
     "train --cfg job",
     "train objective=mln",
+    "generate checkpont=x -- a",
+    "infill checkpont=x -- a b",
     "train objective.rat=1",
     "list",
     "config objective=mlm head=mlm",

@@ -17,6 +17,7 @@ from heads_lightning.tracking.mlflow_store import resolve_store
 from heads_lightning.tracking.process import is_there
 from heads_lightning.tracking.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
 
+FLAGS = ("--reap", "--json")
 SILENT_SECONDS = 120.0
 """A run of another machine counts as gone when its folder has not changed for so long."""
 
@@ -47,8 +48,8 @@ class Run(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """`heads-lightning runs [run_root=FOLDER] [limit=N] [--reap] [--json]`."""
-    flags = {word for word in arguments if word in ("--reap", "--json")}
-    options, _ = read(Arguments, [word for word in arguments if word not in flags])
+    flags = {word for word in arguments if word in FLAGS}
+    options, _ = read(Arguments, [word for word in arguments if word not in flags], flags=FLAGS)
     root = Path(options.run_root)
     if not root.is_dir():
         raise ConfigError(f"run_root={root} is not a folder; runs lie in the folder that run_root named when they were trained")

@@ -265,11 +265,7 @@ class CheckpointCallback(Callback):
             raise RunError(f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and {go_on}")
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Give the signals back (after an exception Lightning does)."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        """Give the signals back: after an exception Lightning calls no `teardown`, and a notebook goes on."""
-        self.teardown(trainer, pl_module, "fit")
