@@ -215,7 +215,7 @@ def guarded(action: Callable[[], int], *, traceback: bool) -> int:
     except (KeyboardInterrupt, Stopped) as stop:
         if is_first_rank():
             _say("interrupted" if isinstance(stop, KeyboardInterrupt) else str(stop), stop)
-        return stop.code if isinstance(stop, Stopped) else 130
+        return 128 + stop.signal_number if isinstance(stop, Stopped) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
