@@ -8,10 +8,12 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ import pytest
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps.warm import ONE_THREAD
-from heads_lightning.tracking.mlflow_calls import NotSent
-from heads_lightning.tracking.mlflow_opening import connect, experiment_id
+from heads_lightning.tracking.mlflow_calls import Calls, NotSent
+from heads_lightning.tracking.mlflow_opening import connect, experiment_id, short_timeouts
 from heads_lightning.tracking.mlflow_run import MlflowRun
 from heads_lightning.tracking.mlflow_store import Store, resolve_store
 from heads_lightning.tracking.open_run import RunLog, find_run_dir, open_ahead, open_parent, open_run, reap, send_later
@@ -481,3 +483,43 @@ def test_two_hundred_children_of_a_sweep_written_by_two_processes(tmp_path: Path
         history = client.get_metric_history(run.info.run_id, "loss")
         seed = int(run.data.params["seed"])
         assert sorted((metric.step, metric.value) for metric in history) == [(step, seed + 1 / step) for step in range(1, 21)]
+
+
+@contextmanager
+def answering(code: int) -> Iterator[str]:
+    """A server that is not MLflow's: it answers everything alike."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(code)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(200, "what answers there is not MLflow"), (401, "set MLFLOW_TRACKING_USERNAME"), (403, "forbids"), (500, "errors of its own")],
+)
+def test_a_server_that_is_not_mlflow_is_called_so(code: int, said: str, tmp_path: Path) -> None:
+    with answering(code) as uri, short_timeouts():
+        calls = Calls(tmp_path, store=Store(uri=uri, artifacts=None), say=print)
+        with pytest.raises(NotSent, match=said):
+            calls.call(calls.client.get_experiment_by_name, "x")
+
+
+def test_a_port_of_another_server_costs_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with answering(404) as uri, open_tracked(tmp_path, config=MLflowConfig(uri=uri, exit_seconds=0.2)):
+        wait_for(lambda: "does not take data (what answers there is not MLflow (404))" in caplog.text)
+    assert "the process that sends to MLflow failed" not in caplog.text
