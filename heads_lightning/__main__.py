@@ -5,6 +5,7 @@ mistake are answered in a fraction of a second. Exit codes: 0 done, 1 failed, 2 
 """
 
 import gc
+import logging
 import os
 import sys
 
@@ -23,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     from heads_lightning.commands import dispatch
 
     code = dispatch.guarded(lambda: dispatch.run(given), traceback=USER_WANTS_TRACEBACK)
+    if arguments is None and code > 128:
+        logging.disable(logging.INFO)  # torch, stopped in the middle of its import, reports its caches on the way out
     if arguments is None and not {"torch", "mlflow"} & sys.modules.keys():
         gc.freeze()  # Python ends by looking for cycles in everything that was imported: a quarter of the time of a short command
     return code

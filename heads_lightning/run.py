@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from heads_lightning.pictures import draw
 from heads_lightning.registry import ConfigError
 from heads_lightning.served_model import check_servable, write_model
 from heads_lightning.summary import summary_text
-from heads_lightning.tracking.open_run import RunLog, is_first_rank, open_run, read_metrics
+from heads_lightning.tracking.open_run import RunLog, check_nobody_trains, is_first_rank, open_run, read_metrics
+from heads_lightning.tracking.stopping import obey
 from heads_lightning.tracking.system_metrics import peak_flops
 from heads_lightning.training.agreement import SameConfig, settled
 from heads_lightning.training.averaging import WeightAverage
@@ -92,6 +94,8 @@ def train(
     if _is_served(config):
         check_servable(config.objective)
     config = replace(config, trainer=settled(config.trainer))  # so that the saved config says what depends on the machine
+    if config.resume and is_first_rank():
+        check_nobody_trains(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = to_yaml(config)
     with open_run(
@@ -115,7 +119,9 @@ def _fit(
 ) -> Result:
     config = experiment.config
     sizes = config.trainer.batch_sizes(config.data.sequence_length)
-    watch = SpikeWatch(run_dir, sizes, lambda message: console.print(message, style="yellow"))
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    warn = partial(say, style="yellow")
+    watch = SpikeWatch(run_dir, sizes, warn)
     metrics = MetricsCallback(
         lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
         flush=log.flush,
@@ -123,7 +129,7 @@ def _fit(
         waited_seconds=lambda: experiment.datamodule.wait_seconds,
         tokens_read=sizes.tokens,
         counters=experiment.objective.counters,
-        warn=lambda message: console.print(message, style="yellow"),
+        warn=warn,
         spikes=watch,
         flops_per_second=peak_flops(config.trainer.world_size),
         flops_per_token=_flops_per_token(experiment),
@@ -135,13 +141,13 @@ def _fit(
         config.trainer,
         seed=config.seed,
         record={"config": config_yaml, "tokenizer": tokenizer_files(experiment.prepared.tokenizer)},
-        warn=lambda message: console.print(message, style="yellow"),
+        warn=warn,
     )
     callbacks: list[Any] = [SameConfig(config_yaml, run_dir), metrics, checkpoints, *further]
     if config.optimizer.average_decay is not None:
         callbacks.insert(1, WeightAverage(config.optimizer.average_decay))  # before what saves it
     if config.trainer.profile_step is not None:
-        callbacks.append(ProfileCallback(run_dir, config.trainer.profile_step, lambda message: console.print(message, highlight=False)))
+        callbacks.append(ProfileCallback(run_dir, config.trainer.profile_step, say))
     if config.trainer.progress_bar:
         callbacks.insert(callbacks.index(metrics) + 1, ProgressCallback(metrics, console))  # shows what was just recorded
     _quiet_lightning()
@@ -154,10 +160,25 @@ def _fit(
         logger=RunLogger(log),
     )
     _say_what_runs(experiment, console, trainer)
-    trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(config))
-    if trainer.num_training_batches % config.trainer.val_every_steps:
-        trainer.validate(experiment.module, datamodule=experiment.datamodule, verbose=False)
+    _run_steps(trainer, experiment)
     return _conclude(experiment, run_dir, log, console, metrics, checkpoints, trainer)
+
+
+def _run_steps(trainer: lightning.Trainer, experiment: Experiment) -> None:
+    """Train from the beginning or from a checkpoint, and validate at the end.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C that is not a wish for the end of the step, of which Lightning makes an exit code of its own.
+    """
+    obey()
+    try:
+        trainer.fit(experiment.module, datamodule=experiment.datamodule, ckpt_path=_resume_path(experiment.config))
+        if trainer.num_training_batches % experiment.config.trainer.val_every_steps:
+            trainer.validate(experiment.module, datamodule=experiment.datamodule, verbose=False)
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):
+            raise exit_.__context__ from None
+        raise
 
 
 def _dropout_rank(config: ExperimentConfig) -> int:

@@ -20,6 +20,7 @@ MOST_LINES, FEW = 400, 3
 
 LAYERS: dict[str, float] = {
     "registry": 0, "batch": 0, "new_tokens": 0, "onednn": 0, "precision": 0,
+    "hub": 0.2,
     "configs": 0.5,
     "tracking": 1, "losses": 1, "objectives": 1, "backbones": 1,
     "heads": 2, "data": 2, "training": 2,

@@ -16,7 +16,7 @@ import pytest
 
 from heads_lightning.__main__ import main
 from heads_lightning.commands import dispatch
-from heads_lightning.registry import ConfigError
+from heads_lightning.registry import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "lightning", "mlflow", "transformers", "numpy", "liger_kernel")
@@ -318,7 +318,8 @@ def test_a_mistake_during_the_run_is_one_line_too(capsys, monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(RuntimeError("boom"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit("no"), 1)]
+    ("error", "code"),
+    [(RuntimeError("boom"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit("no"), 1), (RunError("why"), 1)],
 )
 def test_exit_codes(error, code, capsys, monkeypatch, trained):
     def run(config, run_dir):
@@ -327,7 +328,10 @@ def test_exit_codes(error, code, capsys, monkeypatch, trained):
     monkeypatch.setattr(sys.modules["heads_lightning.commands.train"], "run", run)
     got, _, err = answer(capsys, "train")
     assert got == code
-    if code == 1 and not isinstance(error, SystemExit):
+    assert "Error executing job" not in err  # Hydra's own words
+    if isinstance(error, RunError):
+        assert err == "heads-lightning: why\n"
+    elif code == 1 and not isinstance(error, SystemExit):
         assert "RuntimeError: boom" in err
         assert "hydra/_internal" not in err
 
@@ -452,6 +456,8 @@ LIGHT = [
     "train --help",
     "train --cfg job",
     "train objective=mln",
+    "generate checkpont=x -- a",
+    "infill checkpont=x -- a b",
     "train objective.rat=1",
     "list",
     "config objective=mlm head=mlm",

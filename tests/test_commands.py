@@ -152,3 +152,16 @@ def test_texts_after_two_dashes_are_no_flags(capsys: pytest.CaptureFixture[str])
 
 def test_hydra_commands_are_of_the_registry() -> None:
     assert set(HYDRA_COMMANDS) < set(COMMANDS)
+
+
+def test_a_flag_or_a_run_that_is_nearly_one(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/fim/monday").mkdir(parents=True)
+    Path("runs/fim/monday/tracking.jsonl").touch()
+    for line, meant in {
+        "runs --reep": "--reap",
+        "ui --prot": "--port",
+        "compare runs/fim/munday runs/fim/monday": "runs/fim/monday",
+    }.items():
+        code, _, err = answer(capsys, line)
+        assert (code, err.count("\n")) == (2, 1)
+        assert err.endswith(f"Did you mean {meant!r}?\n"), err

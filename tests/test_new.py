@@ -88,6 +88,8 @@ def test_a_new_study_runs_and_makes_its_table(tmp_path, monkeypatch, capsys):
     [
         ([], "new takes a kind and a name, e.g. new head my_head. Kinds: head, objective, backbone, loss, study"),
         (["haed", "x"], "Did you mean 'head'?"),
+        (["objective"], "a kind and a name, e.g. new objective my_objective. Kinds"),
+        (["head", "x", "--pakage"], "Did you mean '--package'?"),
         (["head", "My-Head"], "NAME=My-Head cannot name a module"),
         (["head", "normalized"], "head=normalized exists already"),
         (["head", "x", "pakage=y"], "pakage does not exist. Did you mean package?"),

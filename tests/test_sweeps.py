@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from heads_lightning.composition import compose, config_hash, from_yaml, to_yaml
+from heads_lightning.experiment import find_checkpoint
 from heads_lightning.registry import ConfigError
+from heads_lightning.sweeps import settings
 from heads_lightning.sweeps.comparison import compare, rank, summary
 from heads_lightning.sweeps.grid import grid, meets
 from heads_lightning.sweeps.ledger import Ledger, State
@@ -273,6 +275,10 @@ def test_a_second_command_runs_what_is_left_and_new_cells(failing: tuple) -> Non
     assert (folder / "1-attempt1" / "metrics.jsonl").is_file()
     assert saved(folder, 3)["optimizer"]["learning_rate"] == 3e-3
     assert (folder / "0" / "metrics.jsonl").read_bytes() == kept
+    with pytest.raises(ConfigError, match="is the folder of a sweep; name one of its runs"):
+        find_checkpoint(str(folder))
+    with pytest.raises(ConfigError, match=r"is not the folder of a sweep.*it is one of a run: train resume="):
+        settings.read(folder / "0")
 
 
 def test_fail_fast_starts_no_further_cell(tiny: list[str], tmp_path: Path) -> None:
@@ -333,6 +339,7 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(number: int, cod
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == code, stderr
+    assert number == signal.SIGKILL or stderr.endswith(f"  go on with: heads-lightning train -m sweep.resume={tmp_path}\n")
     ledger = Ledger.of(tmp_path)
     identity = next(iter(ledger.entries()))
     end = time.monotonic() + 60

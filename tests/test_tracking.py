@@ -1,24 +1,31 @@
 """The record of a run without MLflow: files, statuses, addresses, provenance."""
 
+import errno
+import fcntl
 import inspect
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+from test_ten_mistakes import check
 
 from heads_lightning.configs.tracking import MLflowConfig, NoTrackingConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.tracking import provenance
+from heads_lightning.tracking.file_lock import file_lock
 from heads_lightning.tracking.mlflow_header import read_header
 from heads_lightning.tracking.mlflow_limits import allowed_name, cut
 from heads_lightning.tracking.mlflow_lookup import find_run_dir
 from heads_lightning.tracking.mlflow_opening import on_local_disk
 from heads_lightning.tracking.mlflow_store import Store, resolve_store, ui_command
-from heads_lightning.tracking.open_run import FolderRunLog, NullRunLog, RunLog, is_first_rank, open_run, status_of
+from heads_lightning.tracking.open_run import FolderRunLog, NullRunLog, RunLog, check_nobody_trains, is_first_rank, open_run, status_of
 from heads_lightning.tracking.run_folder import METRICS, JsonLines, Point, point_record, read_lines, read_metrics, read_records, write_json
 from heads_lightning.tracking.system_metrics import SystemMetrics, parse_nvidia_smi
 
@@ -92,6 +99,8 @@ def test_resume_repeats_no_point_and_loses_none(tmp_path: Path) -> None:
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     open_untracked(tmp_path).finish()
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/checkpoints/step-00000001.ckpt").touch()
     with pytest.raises(ConfigError, match=r"holds a run already; go on with it by resume="):
         open_untracked(tmp_path)
 
@@ -411,3 +420,44 @@ def test_lightning_logs_into_the_record_and_does_not_end_the_run(tmp_path: Path)
         (2, 30, {"train/loss": 2.0}),
     ]
     assert list(read_records(log.run_dir / "tracking.jsonl"))[-1]["status"] == "KILLED"
+
+
+def test_a_folder_without_a_checkpoint_is_not_to_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tracking.jsonl").touch()  # of a run that another process opens at this moment
+    with pytest.raises(ConfigError, match=r"holds a run already; it has no checkpoint, take it away, or choose another name"):
+        open_untracked(tmp_path)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(tmp_path: Path) -> None:
+    log = open_untracked(tmp_path)
+    check_nobody_trains(log.run_dir)  # this process itself
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        log.record("open", pid=other.pid, host=socket.gethostname())
+        with pytest.raises(ConfigError) as error:
+            check_nobody_trains(log.run_dir)
+        line = str(error.value).replace(str(log.run_dir), "runs/mine").replace(str(other.pid), "PID")
+        check("run in use", f"heads-lightning: {line}")
+        other.kill()
+        while other.pid in psutil.pids() and psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        check_nobody_trains(log.run_dir)  # killed, and not yet waited for
+    log.finish()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files, whoever asks")
+def test_a_lock_where_nothing_can_be_written_is_not_waited_for() -> None:
+    began = time.monotonic()
+    with pytest.raises(FileNotFoundError), file_lock(Path("/proc/heads_lightning.lock")):
+        pass
+    assert time.monotonic() - began < 5
+
+
+def test_a_lock_where_the_file_system_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))  # what such a file system answers
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with file_lock(tmp_path / "a.lock"), pytest.raises(TimeoutError), file_lock(tmp_path / "a.lock", seconds=0.2):
+        pass
+    assert not (tmp_path / "a.lock.soft").exists()

@@ -7,17 +7,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from tracked_runs import open_tracked, runs, steps, wait_for
 
 from heads_lightning.configs.tracking import MLflowConfig
-from heads_lightning.tracking.mlflow_opening import connect
+from heads_lightning.tracking.mlflow_calls import Calls, NotSent
+from heads_lightning.tracking.mlflow_opening import connect, short_timeouts
 from heads_lightning.tracking.mlflow_store import Store, resolve_store
 from heads_lightning.tracking.open_run import RunLog
 from heads_lightning.tracking.run_folder import METRICS, read_json, read_metrics
@@ -171,3 +174,43 @@ def test_a_store_that_is_down_from_start_to_end(tmp_path: Path, caplog: pytest.L
     assert (run.info.status, run.data.metrics["loss"], run.data.metrics["tokens"]) == ("FINISHED", 1.0, 5.0)
     assert run.info.artifact_uri.startswith(f"{tmp_path}/mlartifacts/")
     assert "config.yaml" in {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+@contextmanager
+def answering(code: int) -> Iterator[str]:
+    """A server that is not MLflow's: it answers everything alike."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(code)
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"hello")
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(200, "what answers there is not MLflow"), (401, "set MLFLOW_TRACKING_USERNAME"), (403, "forbids"), (500, "errors of its own")],
+)
+def test_a_server_that_is_not_mlflow_is_called_so(code: int, said: str, tmp_path: Path) -> None:
+    with answering(code) as uri, short_timeouts():
+        calls = Calls(tmp_path, store=Store(uri=uri, artifacts=None), say=print)
+        with pytest.raises(NotSent, match=said):
+            calls.call(calls.client.get_experiment_by_name, "x")
+
+
+def test_a_port_of_another_server_costs_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with answering(404) as uri, open_tracked(tmp_path, config=MLflowConfig(uri=uri, exit_seconds=0.2)):
+        wait_for(lambda: "does not take data (what answers there is not MLflow (404))" in caplog.text)
+    assert "the process that sends to MLflow failed" not in caplog.text

@@ -19,6 +19,7 @@ from heads_lightning.backbones.base import Backbone, Cache
 from heads_lightning.backbones.layers import attention_bias, compute_dtype, positions_in_segments
 from heads_lightning.batch import Attention, Batch
 from heads_lightning.configs.huggingface import AttentionKernel, HuggingFaceConfig
+from heads_lightning.hub import check_model
 from heads_lightning.new_tokens import fill_new_rows
 from heads_lightning.registry import ConfigError
 
@@ -212,6 +213,7 @@ def _described(config: HuggingFaceConfig) -> Any:
 
     if config.source == "???":
         raise ConfigError("backbone=huggingface needs a model: backbone.source=FOLDER_OR_NAME")
+    check_model(config.source, key="backbone.source", revision=config.revision)
     try:
         described = AutoConfig.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -10,15 +10,21 @@ from omegaconf import MISSING
 
 from heads_lightning.composition.describe import Field, fields_of
 from heads_lightning.composition.mistakes import expected
-from heads_lightning.registry import ConfigError
+from heads_lightning.registry import ConfigError, nearest
 
 T = TypeVar("T")
 SYNONYMS = {"run": "checkpoint", "model": "checkpoint", "ckpt": "checkpoint", "ckpt_path": "checkpoint", "max_tokens": "max_new_tokens"}
 """Words that people write for an argument."""
 
 
-def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """(the dataclass filled in, what follows `--`). Fields without a default must be given."""
+def read(cls: type[T], arguments: Sequence[str], *, flags: Sequence[str] = ()) -> tuple[T, list[str]]:
+    """(the dataclass filled in, what follows `--`). Fields without a default must be given.
+
+    Args:
+        cls: the dataclass.
+        arguments: of the command line, without the flags that the command reads itself.
+        flags: those flags, for whoever misspells one.
+    """
     assert is_dataclass(cls)
     words, _, free = _partition(list(arguments))
     fields, values = _spelled(cls), {}
@@ -27,7 +33,9 @@ def read(cls: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
         if not equals and word.startswith("--") and key in fields and fields[key].type is bool:
             equals, text = "=", "true"  # --json
         if not equals:
-            near = f" Did you mean checkpoint={word}?" if "checkpoint" in fields and not word.startswith("-") else ""
+            near = nearest(word, [*flags, *(f"--{name}" for name in fields)]) if word.startswith("-") else ""
+            if "checkpoint" in fields and not word.startswith("-"):
+                near = f" Did you mean checkpoint={word}?"
             raise ConfigError(f"`{word}` is not an argument; write KEY=VALUE, with KEY one of {', '.join(fields)}.{near}")
         if not text and fields.get(key) is not None and key in ("checkpoint", "from", "out"):
             raise ConfigError(f"`{word}` is empty (an unset variable of the shell?); write {key}=VALUE")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from heads_lightning.configs.requests import SamplingRequest
-from heads_lightning.experiment import TrainedModel, load
 from heads_lightning.registry import ConfigError
+
+if TYPE_CHECKING:
+    from heads_lightning.experiment import TrainedModel
 
 
 def read_text(path: str, field: str) -> str:
@@ -29,4 +32,6 @@ def read_standard_input(what: str) -> str:
 
 def load_model(request: SamplingRequest) -> TrainedModel:
     """The model that the request names."""
+    from heads_lightning.experiment import load  # seconds, which a misspelt argument should not wait for
+
     return load(request.checkpoint, run_root=request.run_root, device=request.device)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from heads_lightning.commands.arguments import read
 from heads_lightning.configs.requests import CompareRequest
-from heads_lightning.registry import ConfigError
+from heads_lightning.registry import ConfigError, nearest
+from heads_lightning.tracking.run_folder import EVENTS
 
 Arguments = CompareRequest
 """What the command takes, beside the runs."""
@@ -80,5 +81,6 @@ def _folder(run: str, request: CompareRequest) -> Path:
 
     folder = find_run_dir(run, Path(request.run_root))
     if folder is None:
-        raise ConfigError(f"{run} is no run folder and no MLflow run id known in {request.run_root}")
+        runs = (str(events.parent) for events in Path(request.run_root).rglob(EVENTS))
+        raise ConfigError(f"{run} is no run folder and no MLflow run id known in {request.run_root}.{nearest(run, runs)}")
     return folder

@@ -5,20 +5,21 @@ imported.
 """
 
 import contextlib
+import errno
 import importlib
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import traceback as tracebacks
 import warnings
 from collections.abc import Callable
-from types import FrameType
 from typing import NamedTuple
 
 from heads_lightning import __version__
 from heads_lightning.registry import ConfigError, RunError, nearest
+from heads_lightning.tracking.process import is_first_rank
+from heads_lightning.tracking.stopping import Stopped, obey, raise_on_signals
 
 PROGRAM = "heads-lightning"
 OWN_WARNING = "heads_lightning"
@@ -197,24 +198,24 @@ def guarded(action: Callable[[], int], *, traceback: bool) -> int:
     """Call `action`; what it raises becomes an exit code and, for a user's mistake, one line on standard error."""
     logging.raiseExceptions = False  # `… | head` closes our output; logging would print a traceback for every line after that
     warnings.formatwarning = _plain_warning
-    _raise_on_sigterm()
+    raise_on_signals()
     try:
-        code = action()
-        sys.stdout.flush()
-        return code
-    except ConfigError as error:
+        try:
+            code = action()
+            sys.stdout.flush()
+            return code
+        except Exception:
+            obey()  # a signal in the middle of an import comes out as a broken module
+            raise
+    except (ConfigError, RunError) as error:
         if traceback:
             tracebacks.print_exc()
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        if traceback:
-            tracebacks.print_exc()
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted", file=sys.stderr)
-        return 130
+        _say(str(error), error)
+        return 2 if isinstance(error, ConfigError) else 1
+    except (KeyboardInterrupt, Stopped) as stop:
+        if is_first_rank():
+            _say("interrupted" if isinstance(stop, KeyboardInterrupt) else str(stop), stop)
+        return 128 + stop.signal_number if isinstance(stop, Stopped) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -225,29 +226,42 @@ def guarded(action: Callable[[], int], *, traceback: bool) -> int:
         return 1
 
 
+def _say(text: str, error: BaseException) -> None:
+    """What went wrong, and below it what the error was given on its way."""
+    print("\n".join([f"{PROGRAM}: {text}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+
+
 def _plain_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
     """Our own warnings (store.py names no file for them) in one line; others as Python writes them."""
     return f"{PROGRAM}: warning: {message}\n" if filename == OWN_WARNING else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
+ON_THE_WAY = (
+    "/hydra/",
+    "heads_lightning/commands/dispatch.py",
+    "heads_lightning/commands/hydra_application.py",
+    "heads_lightning/__main__.py",
+)
+"""Files between the command line and a command: the frames of a failure begin after them."""
+NO_PLACE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, or choose another place"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a place that you may use"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG), "choose another path"),
+}
+"""What to do where a disk or its permissions, not this program, is at fault."""
+
+
 def _report_failure(error: Exception, *, full: bool) -> None:
-    """A failure that is nobody's typing mistake: the frames of this program, Hydra's own left out."""
+    """A failure that is nobody's typing mistake: one line where the machine's answer says all, else the frames of this program."""
+    if isinstance(error, OSError) and error.errno in NO_PLACE and not full:
+        place = "" if error.filename is None else f"{error.filename}: "
+        _say(f"{place}{error.strerror}; {NO_PLACE[error.errno]}", error)
+        return
     frames = tracebacks.extract_tb(error.__traceback__)
-    last = max((i for i, frame in enumerate(frames) if "/hydra/" in frame.filename), default=-1)
+    last = max((i for i, frame in enumerate(frames) if any(file in frame.filename for file in ON_THE_WAY)), default=-1)
     if full:
         tracebacks.print_exc()
     else:
         lines = [*tracebacks.format_list(frames[last + 1 :]), *tracebacks.format_exception_only(error)]
         print("".join(lines).rstrip(), file=sys.stderr)
         print(f"{PROGRAM}: failed (HYDRA_FULL_ERROR=1 shows every frame)", file=sys.stderr)
-
-
-def _raise_on_sigterm() -> None:
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, terminate)
-    except ValueError:
-        pass  # not the main thread: the host program handles its signals

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from heads_lightning.commands import asking
 from heads_lightning.commands.arguments import read
 from heads_lightning.configs.requests import GenerateRequest
 
@@ -14,8 +15,6 @@ Arguments = GenerateRequest
 
 def main(arguments: Sequence[str]) -> None:
     """`heads-lightning generate checkpoint=RUN (prompt=TEXT | prompt_file=FILE | -- TEXT | < FILE)`."""
-    from heads_lightning.commands import asking
-
     request, texts = read(GenerateRequest, arguments)
     prompt = _prompt(request, texts)
     from heads_lightning.evaluation.continuation import continuation
@@ -25,8 +24,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _prompt(request: GenerateRequest, texts: list[str]) -> str:
-    from heads_lightning.commands import asking
-
     if request.prompt is not None:
         return request.prompt
     if request.prompt_file is not None:

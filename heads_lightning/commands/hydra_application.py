@@ -56,10 +56,10 @@ def prepare_task(tree: DictConfig) -> Any:
 TASKS: dict[str, Callable[[DictConfig], Any]] = {"train": train_task, "prepare": prepare_task}
 
 
-class Refused(BaseException):
-    """A ConfigError on its way through Hydra, which would announce an Exception in its own words first."""
+class Raised(BaseException):
+    """An exception of the job on its way through Hydra, which would announce it in its own words first."""
 
-    def __init__(self, error: ConfigError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(error)
         self.error = error
 
@@ -76,10 +76,10 @@ def _job(command: str, tree: DictConfig) -> Any:
             raise ConfigError(problem)
         with _as_started():
             return importlib.import_module(f"heads_lightning.commands.{command}").run(config, run_dir)
-    except ConfigError as error:
+    except Exception as error:
         if context.mode == RunMode.MULTIRUN:
             raise  # the other cells of the sweep go on
-        raise Refused(error) from error
+        raise Raised(error) from error
     finally:
         _remove_if_empty(run_dir, Path(str(tree.run_root)))
 
@@ -118,14 +118,17 @@ def main(command: str, arguments: Sequence[str]) -> None:
         try:
             with hydra_process(arguments):
                 application()
-        except Refused as refused:
-            raise refused.error from refused
+            return
+        except Raised as raised:
+            failure = raised.error  # raised below, without what Hydra adds to it
         except OSError as error:
             if error.filename is None or any(frame.name == _job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
                 raise
             # before the job: Hydra makes its folder
-            raise ConfigError(f"the run's folder {error.filename} cannot be made ({error.strerror}); choose another place: "
-                              f"run_root=FOLDER, or hydra.run.dir=FOLDER for this run") from error  # fmt: skip
+            kind = "sweep" if flags.multirun else "run"
+            raise ConfigError(f"the {kind}'s folder {error.filename} cannot be made ({error.strerror}); choose another place: "
+                              f"run_root=FOLDER, or hydra.{kind}.dir=FOLDER for this {kind}") from error  # fmt: skip
+        raise failure
 
 
 def _with_folder(arguments: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from heads_lightning.commands import asking
 from heads_lightning.commands.arguments import read
 from heads_lightning.configs.requests import InfillRequest
 from heads_lightning.registry import ConfigError
@@ -18,8 +19,6 @@ Arguments = InfillRequest
 
 def main(arguments: Sequence[str]) -> None:
     """`heads-lightning infill checkpoint=RUN (prefix_file=A suffix_file=B | -- PREFIX SUFFIX | < TEXT_WITH_<FILL>)`."""
-    from heads_lightning.commands import asking
-
     request, texts = read(InfillRequest, arguments)
     prefix, suffix = _parts(request, texts)
     from heads_lightning.evaluation.scoring import infill
@@ -30,8 +29,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parts(request: InfillRequest, texts: list[str]) -> tuple[str, str]:
-    from heads_lightning.commands import asking
-
     if request.prefix_file is not None or request.suffix_file is not None:
         prefix = asking.read_text(request.prefix_file, "prefix_file") if request.prefix_file else ""
         return prefix, asking.read_text(request.suffix_file, "suffix_file") if request.suffix_file else ""

@@ -53,11 +53,12 @@ class Arguments:
 
 def main(arguments: Sequence[str]) -> None:
     """`heads-lightning new head|objective|backbone|loss|study NAME [package=NAME]`."""
-    words = [word for word in arguments if "=" not in word]
-    options, _ = read(Arguments, [word for word in arguments if "=" in word])
-    if len(words) != 2 or words[0] not in KINDS:
-        given = words[0] if words else ""
-        raise ConfigError(f"`new {' '.join(words)}`: new takes a kind and a name, e.g. new head my_head.{nearest(given, KINDS)} "
+    words = [word for word in arguments if "=" not in word and not word.startswith("-")]
+    options, _ = read(Arguments, [word for word in arguments if word not in words])
+    known = words[0] if words and words[0] in KINDS else ""
+    if len(words) != 2 or not known:
+        meant = nearest(words[0], KINDS) if words and not known else ""
+        raise ConfigError(f"`new {' '.join(words)}`: new takes a kind and a name, e.g. new {known or 'head'} my_{known or 'head'}.{meant} "
                           f"Kinds: {', '.join(KINDS)}")  # fmt: skip
     kind, name = words
     _check_name("NAME", name)

@@ -14,8 +14,10 @@ from heads_lightning.configs.tracking import MLflowConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.tracking.file_lock import file_lock
 from heads_lightning.tracking.mlflow_store import resolve_store
+from heads_lightning.tracking.process import is_there
 from heads_lightning.tracking.run_folder import EVENTS, LOG, METRICS, JsonLines, event, read_json, read_metrics, read_records
 
+FLAGS = ("--reap", "--json")
 SILENT_SECONDS = 120.0
 """A run of another machine counts as gone when its folder has not changed for so long."""
 
@@ -46,8 +48,8 @@ class Run(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """`heads-lightning runs [run_root=FOLDER] [limit=N] [--reap] [--json]`."""
-    flags = {word for word in arguments if word in ("--reap", "--json")}
-    options, _ = read(Arguments, [word for word in arguments if word not in flags])
+    flags = {word for word in arguments if word in FLAGS}
+    options, _ = read(Arguments, [word for word in arguments if word not in flags], flags=FLAGS)
     root = Path(options.run_root)
     if not root.is_dir():
         raise ConfigError(f"run_root={root} is not a folder; runs lie in the folder that run_root named when they were trained")
@@ -84,13 +86,7 @@ def describe(folder: Path) -> Run:
 def _alive(folder: Path, opened: dict[str, Any]) -> bool:
     """Whether the process that opened the run is there; that of another machine by the age of its newest record."""
     if opened.get("host") == socket.gethostname() and "pid" in opened:
-        import psutil
-
-        try:
-            # a process that took over the number is younger than the run
-            return psutil.Process(opened["pid"]).create_time() <= opened["time"] + 1
-        except psutil.NoSuchProcess:
-            return False
+        return is_there(opened["pid"], since=opened["time"])
     newest = max(
         (path.stat().st_mtime for path in (folder / METRICS, folder / EVENTS, folder / "system.jsonl") if path.exists()), default=0
     )

@@ -1,11 +1,11 @@
 """Train: build everything that a configuration describes, run it, report."""
 
 import os
-import sys
 from pathlib import Path
 
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.tracking.process import REQUEUE_SIGNALS, is_first_rank
+from heads_lightning.tracking.stopping import Stopped, obey
 from heads_lightning.training.attempts import continued, is_restart, requeue, set_aside
 
 
@@ -21,13 +21,14 @@ def run(config: ExperimentConfig, run_dir: Path) -> float | None:
 
     open_ahead(config.tracking, run_root=Path(config.run_root))
     from heads_lightning.run import train
-    from heads_lightning.training.saving import Interrupted
 
+    obey()
     try:
         return train(config, run_dir).metrics.get("val/loss")
-    except Interrupted as stop:
-        print(f"heads-lightning: {stop}\n  go on with: heads-lightning train resume={run_dir}", file=sys.stderr)
-        if stop.signal_number in REQUEUE_SIGNALS and is_first_rank():
+    except (KeyboardInterrupt, Stopped, OSError) as stop:
+        if continued(config, run_dir).resume:
+            stop.add_note(f"  go on with: heads-lightning train resume={run_dir}")
+        if isinstance(stop, Stopped) and stop.signal_number in REQUEUE_SIGNALS and is_first_rank():
             requeue(os.environ)
         raise
 

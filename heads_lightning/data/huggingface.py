@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from heads_lightning.configs.data import HuggingFaceDataConfig
 from heads_lightning.data.sources import Document, Source, listing_fingerprint, matching_files
+from heads_lightning.hub import check_answer
 from heads_lightning.registry import ConfigError
 
 ROWS = 4096
@@ -44,6 +45,8 @@ class HuggingFace(Source):
     def _dataset(self) -> Any:
         c, library = self._config, self._library
         folder = Path(c.path).expanduser()
+        if not folder.exists() and (c.streaming or not _is_cached(library, c.path)):
+            check_answer(f"data.path={c.path}")
         try:
             if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
                 loaded = library.load_from_disk(str(folder))
@@ -89,6 +92,11 @@ class HuggingFace(Source):
 
     def facts(self) -> dict[str, Any]:
         return {"rows": len(self._dataset)} if self._by_number else {"files": self._dataset.n_shards}
+
+
+def _is_cached(library: Any, name: str) -> bool:
+    """Whether the library has kept a dataset of the hub."""
+    return (Path(library.config.HF_DATASETS_CACHE) / name.replace("/", "___")).is_dir()
 
 
 def _datasets() -> Any:

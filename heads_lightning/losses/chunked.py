@@ -26,7 +26,7 @@ from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats
 from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 28 << 20
+WORKSPACE_BYTES = 32 << 20
 """Logits that exist at a time on a CPU; where the blocked kernel computes, their memory is kept for the next call."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024

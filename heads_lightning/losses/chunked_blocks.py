@@ -8,8 +8,10 @@ smoothing is rank one. What belongs to the label itself, softmax − one-hot, is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -31,21 +33,25 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 
 KEPT_BYTES = 96 << 20
 """A larger workspace is given back."""
+LINE_BYTES = 64
+"""Of a cache line, on which each tensor of the workspace begins."""
 _kept: list[Tensor] = []
 """The workspace of the last call, while no call has it: two calls at once have one each."""
 
 
 @contextmanager
-def _workspace(size: int) -> Iterator[Tensor]:
-    """Bytes that are kept for the next call: to fault in as many anew costs a tenth of the time of the products."""
+def _workspace(shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Iterator[list[Tensor]]:
+    """Tensors whose memory is kept for the next call: to fault in as much anew costs a tenth of the time of the products."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
+    starts = list(accumulate((-(-size // LINE_BYTES) * LINE_BYTES for size in sizes), initial=0))
     try:
         buffer = _kept.pop()
     except IndexError:
         buffer = torch.empty(0, dtype=torch.uint8)
-    if buffer.nbytes < size:
+    if buffer.nbytes < starts[-1]:
         del buffer  # before the larger one is made
-        buffer = torch.empty(size, dtype=torch.uint8)
-    yield buffer[:size]
+        buffer = torch.empty(starts[-1], dtype=torch.uint8)
+    yield [buffer[a : a + size].view(dtype).view(shape) for a, size, (shape, dtype) in zip(starts, sizes, shapes, strict=False)]
     if buffer.nbytes <= KEPT_BYTES:
         _kept[:] = [buffer]
 
@@ -53,6 +59,28 @@ def _workspace(size: int) -> Iterator[Tensor]:
 def block_columns(dtype: torch.dtype) -> int:
     """Vocabulary entries of a block."""
     return BLOCK_COLUMNS * (2 if dtype.itemsize == 2 else 1)
+
+
+class _LowRoom(NamedTuple):
+    """What low precision keeps beside the blocks; the type is that of the loss but for product_CD."""
+
+    piece: Tensor
+    """A few rows of a block."""
+    x_CD: Tensor
+    sum_CD: Tensor
+    """dX of a chunk."""
+    scaled_CD: Tensor
+    product_CD: Tensor
+
+    @classmethod
+    def shapes(cls, rows: int, width: int, dtype: torch.dtype, acc: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Of each."""
+        thin = (rows, width)
+        return [((chunked_kernels.CACHED_BYTES // acc.itemsize,), acc), (thin, acc), (thin, acc), (thin, acc), (thin, dtype)]
+
+    def rows(self, count: int) -> _LowRoom:
+        """The same of a smaller chunk."""
+        return _LowRoom(self.piece, *(room[:count] for room in self[1:]))
 
 
 class _Problem(NamedTuple):
@@ -69,13 +97,14 @@ class _Problem(NamedTuple):
     """Of the loss."""
     memory: Tensor
     """[rows of a chunk · classes]: room for the blocks of a chunk, one after the other; of one block, where no gradient is wanted."""
-    piece: Tensor | None
-    """In low precision, room for a few rows of a block in the type of the loss."""
+    scaled_CD: Tensor
+    """Room for rows times a factor."""
+    low: _LowRoom | None
 
     @property
     def sums_early(self) -> bool:
         """Whether dX is summed while a block is in cache. In fp32 its scaling from block to block costs more than that saves."""
-        return self.piece is not None
+        return self.low is not None and self.spec.need_dx
 
     def block(self, columns: slice, rows: int) -> Tensor:
         """[rows, columns] of the memory."""
@@ -100,12 +129,12 @@ class _Normalised(NamedTuple):
     """A chunk after the first sweep over the vocabulary, block by block [B, C]: what the soft-max of each block by itself left out."""
 
     lse_BC: Tensor
-    top_BC: Tensor
-    """Largest logit."""
     target_BC: Tensor
     """The label's logit, in the label's own block; in the others, that of another class."""
     label_BC: Tensor
     """Its probability within the block, likewise."""
+    top_BC: Tensor | None
+    """Largest logit; for token metrics."""
     entropy_BC: Tensor | None
 
     def of_label(self, values_BC: Tensor, labels_C: Tensor, columns: int) -> Tensor:
@@ -121,20 +150,20 @@ def blocked(
     stats = empty_stats(rows, acc, hidden_ND.device, terms, spec)
     gradients = _empty_gradients(hidden_ND, spec, acc)
     smoothing = _Smoothing.of(weight_VD, bias_V, terms) if terms.spread else None
-    columns, chunk_rows = min(block_columns(spec.dtype), spec.classes), min(spec.rows, rows)
-    size = chunk_rows * (spec.classes if spec.need_grad else columns) * spec.dtype.itemsize
-    cached = 0 if spec.dtype == acc else chunked_kernels.CACHED_BYTES  # it comes first: the blocks may end between two numbers of fp32
-    with _workspace(cached + size) as workspace:
-        piece, memory = workspace[:cached].view(acc) if cached else None, workspace[cached:].view(spec.dtype)
-        problem = _Problem(weight_VD, bias_V, smoothing, spec, matmul, columns, acc, memory, piece)
+    columns, chunk_rows, width = min(block_columns(spec.dtype), spec.classes), min(spec.rows, rows), hidden_ND.shape[1]
+    kept = (chunk_rows * (spec.classes if spec.need_grad else columns),)
+    low = [] if spec.dtype == acc else _LowRoom.shapes(chunk_rows, width, spec.dtype, acc)
+    with _workspace([(kept, spec.dtype), ((chunk_rows, width), spec.dtype), *low]) as (memory, scaled_CD, *of_low):
         for start in range(0, rows, spec.rows):
             part = slice(start, min(start + spec.rows, rows))
+            size = part.stop - part.start
+            room = _LowRoom(*of_low).rows(size) if low else None
+            problem = _Problem(weight_VD, bias_V, smoothing, spec, matmul, columns, acc, memory, scaled_CD[:size], room)
             chunk = _Chunk(hidden_ND[part], labels_N[part], terms.rows(part.start, part.stop))
-            sum_CD = torch.zeros(chunk.x_CD.shape, dtype=acc) if spec.need_dx and problem.sums_early else None
-            normalised, lse_C = _normalise_blocks(problem, chunk, sum_CD)
+            normalised, lse_C = _normalise_blocks(problem, chunk)
             _note_losses(problem, chunk, normalised, lse_C, stats, part)
             if spec.need_grad:
-                _multiply_out(problem, chunk, normalised, lse_C, sum_CD, gradients, part)
+                _multiply_out(problem, chunk, normalised, lse_C, gradients, part)
     if rows == 0 and gradients.dw_VD is not None:
         gradients.dw_VD.zero_()
     if smoothing is not None:
@@ -152,52 +181,53 @@ def _empty_gradients(hidden_ND: Tensor, spec: Spec, acc: torch.dtype) -> Gradien
     )
 
 
-def _normalise_blocks(problem: _Problem, chunk: _Chunk, sum_CD: Tensor | None) -> tuple[_Normalised, Tensor]:
-    """First sweep: every block's soft-max into the chunk's memory, and Σ softmax · W, without the label's own part, into sum_CD.
-
-    The sum is of probabilities among the classes seen so far, whose log-normaliser is lse_C: each block scales what came before it.
-    """
+def _normalise_blocks(problem: _Problem, chunk: _Chunk) -> tuple[_Normalised, Tensor]:
+    """First sweep: every block's soft-max into the chunk's memory; the log-normalisers."""
     found: list[tuple[Tensor | None, ...]] = []
     lse_C = torch.full(chunk.labels_C.shape, -torch.inf, dtype=problem.acc)
     for columns in problem.blocks():
         weight_BD, block = problem.weight_VD[columns], problem.block(columns, len(lse_C))
         label_C = (chunk.labels_C - columns.start).clamp_(0, columns.stop - columns.start - 1)
-        own = (label_C == chunk.labels_C - columns.start).nonzero().squeeze(1)
-        logits = problem.matmul(chunk.x_CD, weight_BD) if problem.piece is None else torch.mm(chunk.x_CD, weight_BD.t(), out=block)
-        found.append(_soft_max(problem, logits, block, columns, label_C.unsqueeze(1)))
+        logits = problem.matmul(chunk.x_CD, weight_BD) if problem.low is None else torch.mm(chunk.x_CD, weight_BD.t(), out=block)
+        lse_of_block, *others = _soft_max(problem, logits, block, columns, label_C.unsqueeze(1))
         del logits
-        lse_before, lse_of_block = lse_C, found[-1][0]
-        assert lse_of_block is not None
-        lse_C = torch.logaddexp(lse_before, lse_of_block)
-        if sum_CD is None:
-            continue
-        block[own, label_C[own]] = 0
-        product_CD = problem.matmul(block, weight_BD.t()).to(problem.acc)
-        sum_CD.mul_((lse_before - lse_C).exp_().unsqueeze(1)).addcmul_(product_CD, (lse_of_block - lse_C).exp_().unsqueeze(1))
+        found.append((lse_of_block, *others))
+        if problem.low is not None and problem.sums_early:
+            own = (label_C == chunk.labels_C - columns.start).nonzero().squeeze(1)
+            block[own, label_C[own]] = 0
+            _add_to_sum(problem.low, block, weight_BD, torch.stack((lse_C, lse_of_block)), first=columns.start == 0)
+        lse_C = torch.logaddexp(lse_C, lse_of_block)
     return _Normalised(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True))), lse_C  # pyright: ignore[reportArgumentType]
+
+
+def _add_to_sum(room: _LowRoom, block: Tensor, weight_BD: Tensor, lse_2C: Tensor, *, first: bool) -> None:
+    """Σ softmax · W of the classes seen so far, from that of the classes before and that of a block; log-normalisers of both."""
+    torch.mm(block, weight_BD, out=room.product_CD)
+    if first:
+        room.sum_CD.copy_(room.product_CD)
+    else:
+        before_C1, own_C1 = lse_2C.softmax(0).unsqueeze(2)
+        room.sum_CD.mul_(before_C1).addcmul_(room.scaled_CD.copy_(room.product_CD), own_C1)
 
 
 def _soft_max(
     problem: _Problem, logits: Tensor, block: Tensor, columns: slice, label_C1: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Soft-max of a block's logits (overwritten) into `block`, a few rows at a time, in the type of the loss; rows of _Normalised."""
     bias = None if problem.bias_V is None else problem.bias_V[columns]
     step = max(1, chunked_kernels.CACHED_BYTES // (logits.shape[1] * problem.acc.itemsize))
     found: list[tuple[Tensor, ...]] = []
     for start in range(0, logits.shape[0], step):
-        values, wanted, label = (rows[start : start + step] for rows in (logits, block, label_C1))
-        probabilities = wanted
-        if problem.piece is not None:
-            probabilities = values = problem.piece[: values.numel()].view(values.shape).copy_(values)
+        given, wanted, label = (rows[start : start + step] for rows in (logits, block, label_C1))
+        values, probabilities = given, wanted
+        if problem.low is not None:
+            probabilities = values = problem.low.piece[: given.numel()].view(given.shape).copy_(given)
         if bias is not None:
             values.add_(bias)
-        top, target = values.amax(1), values.gather(1, label).squeeze(1)
-        torch._softmax(values, 1, False, out=probabilities)
-        lse = top - probabilities.amax(1).log_()  # the largest probability is exactly 1 ÷ the normaliser
-        row = [lse, top, target, probabilities.gather(1, label).squeeze(1)]
-        if problem.spec.token_metrics:
-            row.append(torch.special.entr(probabilities).sum(1))
-        found.append(tuple(row))
+        top = values.amax(1) if problem.spec.token_metrics else None
+        own_bias = None if given is values else bias
+        lse, target, of_label = chunked_kernels.soft_max(values, probabilities, label, logits=(given, own_bias))
+        found.append((lse, target, of_label) if top is None else (lse, target, of_label, top, torch.special.entr(probabilities).sum(1)))
         if probabilities is not wanted and problem.spec.need_grad:
             wanted.copy_(probabilities)
     parts = [torch.cat(pieces) for pieces in zip(*found, strict=True)]
@@ -212,42 +242,41 @@ def _note_losses(problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_
         cross_entropy_C += terms.spread * (terms.total * lse_C - problem.smoothing.logit_sum(chunk.x_CD))
     stats.cross_entropy_N[part] = cross_entropy_C
     stats.lse_N[part] = lse_C
-    if stats.correct_N is not None and stats.entropy_N is not None and normalised.entropy_BC is not None:
+    if stats.correct_N is not None and stats.entropy_N is not None and normalised.top_BC is not None and normalised.entropy_BC is not None:
         stats.correct_N[part] = (target_C >= normalised.top_BC.amax(0)).to(target_C.dtype)
         mean_logit = (lse_BC - normalised.entropy_BC) * (lse_BC - lse_C).exp()  # lse − entropy is a block's mean logit
         stats.entropy_N[part] = lse_C - mean_logit.sum(0)
 
 
-def _multiply_out(
-    problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_C: Tensor, sum_CD: Tensor | None, gradients: Gradients, part: slice
-) -> None:
+def _multiply_out(problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse_C: Tensor, gradients: Gradients, part: slice) -> None:
     """What is left when the normaliser is known: row factors of a dX that is summed, and a second sweep for the other gradients."""
-    labels_C, terms = chunk.labels_C, chunk.terms
+    labels_C, terms, low = chunk.labels_C, chunk.terms, problem.low
     softmax_C = terms.softmax_factor(lse_C, problem.spec.z_loss_multiplier)
-    factor_BC = (normalised.lse_BC - lse_C).exp_().mul_(softmax_C)
+    factor_BC = normalised.lse_BC.softmax(0).mul_(softmax_C)
     hot_C = terms.weight_N * terms.hot_N
     factor_C = normalised.of_label(factor_BC, labels_C, problem.columns)
     label_C = normalised.of_label(normalised.label_BC, labels_C, problem.columns)
     dx_CD = None if gradients.dx_ND is None else gradients.dx_ND[part]
-    if dx_CD is not None and sum_CD is not None:
-        own_CD = problem.weight_VD[labels_C].to(problem.acc)
-        dx_CD.copy_(sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1)))
+    if dx_CD is not None and low is not None:
+        own_CD = low.scaled_CD.copy_(torch.index_select(problem.weight_VD, 0, labels_C, out=low.product_CD))
+        dx_CD.copy_(low.sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1)))
         dx_CD = None
     late = gradients._replace(dx_ND=None if dx_CD is None else dx_CD.zero_())
     if all(gradient is None for gradient in late):
         return
     folds_C = factor_C.abs() > FOLD_SHARE * hot_C.abs()
     _put_labels(problem, chunk, label_C - torch.where(folds_C, hot_C / factor_C, 0.0))
-    x_CD = chunk.x_CD.to(problem.acc)
+    x_CD = chunk.x_CD if low is None else low.x_CD.copy_(chunk.x_CD)
     for number, columns in enumerate(problem.blocks()):
-        block, factor_C = problem.block(columns, len(labels_C)), factor_BC[number]
+        block, factor_C1 = problem.block(columns, len(labels_C)), factor_BC[number].unsqueeze(1)
         if late.dx_ND is not None:
-            late.dx_ND.addcmul_(problem.matmul(block, problem.weight_VD[columns].t()), factor_C.unsqueeze(1))
+            late.dx_ND.addcmul_(problem.matmul(block, problem.weight_VD[columns].t()), factor_C1)
         if late.dw_VD is not None:
-            scaled_CD = (x_CD * factor_C.unsqueeze(1)).to(block.dtype)
+            torch.mul(x_CD, factor_C1, out=problem.scaled_CD if low is None else low.scaled_CD)
+            scaled_CD = problem.scaled_CD if low is None else problem.scaled_CD.copy_(low.scaled_CD)
             _add_product(late.dw_VD[columns], block, scaled_CD, part.start == 0, problem.matmul)
         if late.db_V is not None:
-            late.db_V[columns].addmv_(block.t().to(problem.acc), factor_C)
+            late.db_V[columns].addmv_(block.t().to(problem.acc), factor_C1.squeeze(1))
     if not bool(folds_C.all()):
         _subtract_hot(x_CD, labels_C, torch.where(folds_C, 0.0, hot_C), problem.weight_VD, late)
 

@@ -21,6 +21,8 @@ CACHED_BYTES = 4 << 20
 """Size of a piece that is worked on in cache. Below 32 MiB, glibc also recycles it instead of giving it back and faulting it in again."""
 ACCELERATOR_CACHED_BYTES = 256 << 20
 """The same elsewhere, where only the number of calls counts."""
+UNDERFLOW = 1e-30
+"""Below this a probability is no longer exact enough, or is zero, for its logarithm."""
 MIN_COLUMNS = 2048
 """Fewer vocabulary entries at a time make the products of the weight's gradient inefficient."""
 
@@ -195,25 +197,24 @@ def _logits_to_gradient(
         values.div_(spec.softcap).tanh_()
         slope = 1 - values.square() if spec.need_grad else None
         values.mul_(spec.softcap)
-    top = values.amax(1, keepdim=True)
-    target = values.gather(1, label).squeeze(1)
+    top = values.amax(1) if spec.token_metrics else None
     spread_sum = None
     if terms.spread:
         spread_sum = values.sum(1) if terms.classes_V is None else values @ terms.classes_V
-    torch._softmax(values, 1, False, out=values)
-    lse = top.squeeze(1) - values.amax(1).log()  # the largest probability is exactly 1 ÷ the normaliser
+    kept = out is not values and out.device.type == "cpu" and spec.softcap is None  # to look at numbers makes an accelerator wait
+    lse, target, of_label = soft_max(values, values, label, logits=(out, bias_V) if kept else None)
     cross_entropy = terms.hot_N * (lse - target)
     if spread_sum is not None:
         cross_entropy += terms.spread * (terms.total * lse - spread_sum)
     stats.cross_entropy_N[first:last] = cross_entropy
     stats.lse_N[first:last] = lse
-    if stats.correct_N is not None and stats.entropy_N is not None:
-        stats.correct_N[first:last] = (target >= top.squeeze(1)).to(values.dtype)
+    if stats.correct_N is not None and stats.entropy_N is not None and top is not None:
+        stats.correct_N[first:last] = (target >= top).to(values.dtype)
         stats.entropy_N[first:last] = torch.special.entr(values).sum(1)
     if not spec.need_grad:
         return
     factor = terms.softmax_factor(lse, spec.z_loss_multiplier)
-    hot = values.gather(1, label).squeeze(1) * factor - terms.weight_N * terms.hot_N
+    hot = of_label * factor - terms.weight_N * terms.hot_N
     if not terms.spread and slope is None:  # one pass: scale and round
         torch.mul(values, factor.unsqueeze(1), out=out)
         out[torch.arange(len(labels), device=out.device), labels] = hot.to(out.dtype)  # scatter_ copies all of a bf16 tensor
@@ -226,6 +227,29 @@ def _logits_to_gradient(
         values.mul_(slope)
     if out is not values:
         out.copy_(values)
+
+
+def soft_max(
+    values: Tensor, out: Tensor, label_C1: Tensor, *, logits: tuple[Tensor, Tensor | None] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Soft-max of rows into `out`, which may be `values`; the log-normaliser, and the label's logit and probability.
+
+    Where the logits (and a bias to be added to them) are still there afterwards, the label's two numbers tell the normaliser, which saves
+    two passes; of a label too improbable for that it is computed from them.
+    """
+    target = values.gather(1, label_C1).squeeze(1)
+    if logits is None:
+        top = values.amax(1)
+        torch._softmax(values, 1, False, out=out)
+        return top - out.amax(1).log(), target, out.gather(1, label_C1).squeeze(1)  # the largest is exactly 1 ÷ the normaliser
+    torch._softmax(values, 1, False, out=out)
+    of_label = out.gather(1, label_C1).squeeze(1)
+    lse = target - of_label.log()
+    far = (of_label < UNDERFLOW).nonzero().squeeze(1)
+    if len(far):
+        rows, bias_V = logits[0][far].to(values.dtype), logits[1]
+        lse[far] = torch.logsumexp(rows if bias_V is None else rows + bias_V, 1)
+    return lse, target, of_label
 
 
 class WeightGradient:

@@ -51,13 +51,12 @@ def _chunked(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> int:
 def _blocked(n: int, d: int, v: int, dtype: torch.dtype, device: str, rows: int) -> int:
     """chunked_blocks.blocked: a block of the vocabulary at a time beside the chunk's memory."""
     size, maths, columns = dtype.itemsize, loss_dtype(dtype).itemsize, block_columns(dtype)
-    sum_of_dx = rows * d * maths
+    kept = size * rows * (v + d)
     if size == maths:
-        return size * (rows * v + n * d + v * d) + sum_of_dx + max(rows * columns, (rows + columns) * d) * size
+        return kept + size * (n * d + v * d + max(rows, d) * columns)
+    kept += CACHED_BYTES + (3 * maths + size) * rows * d
     rounded_in_the_end = n > FEW_CHUNKS * rows
-    dw = v * d * (size + maths if rounded_in_the_end else size)
-    in_passing = 0 if rounded_in_the_end else sum_of_dx + (2 * maths + size) * rows * d
-    return size * (rows * v + n * d) + CACHED_BYTES + dw + in_passing
+    return kept + size * n * d + v * d * (size + maths if rounded_in_the_end else size)
 
 
 def _dense(n: int, d: int, v: int, dtype: torch.dtype, device: str, rows: int) -> int:

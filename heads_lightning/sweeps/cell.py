@@ -21,6 +21,7 @@ from heads_lightning.registry import ConfigError, RunError
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.tracking.open_run import open_ahead
 from heads_lightning.tracking.process import is_first_rank, status_of
+from heads_lightning.tracking.stopping import raise_on_signals
 from heads_lightning.training.attempts import continued, set_aside
 
 CLAIMED = 75
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
     sweep_dir, identity = Path(arguments[0]), arguments[1]
     if not os.environ.get("LOCAL_RANK"):  # a rank that Lightning started is ended by Lightning
         end_with_parent(signal.SIGTERM)
+    raise_on_signals()
     ledger = Ledger.of(sweep_dir)
     if not is_first_rank():
         return _report(lambda: _train(ledger, ledger[identity]))[0]

@@ -42,6 +42,7 @@ def read(sweep_dir: Path) -> Settings:
     """
     found = read_json(sweep_dir / FILE)
     if not found:
-        raise ConfigError(f"{sweep_dir} is not the folder of a sweep: it holds no {FILE}")
+        run = f"; it is one of a run: train resume={sweep_dir}" if (sweep_dir / "checkpoints").is_dir() else ""
+        raise ConfigError(f"{sweep_dir} is not the folder of a sweep: it holds no {FILE}{run}")
     options = section_from(SweepConfig, found["options"], str(sweep_dir / FILE))
     return Settings(**{**{name: found[name] for name in Settings._fields}, "options": options})

@@ -23,6 +23,7 @@ from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus
 from heads_lightning.sweeps.warm import WarmParent
 from heads_lightning.tracking.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
+from heads_lightning.tracking.stopping import Stopped
 
 STOP_FILE = ".stop"
 """In a sweep's folder: start no further cell."""
@@ -178,4 +179,4 @@ def _obey(received: tuple[int, Any]) -> None:
             time.sleep(60)  # the first rank requeues; whoever leaves earlier makes the scheduler call the job failed
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + number)
+    raise Stopped(number)

@@ -26,6 +26,7 @@ from heads_lightning.sweeps.grid import grid, meets, varied
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.supervisor import STOP_FILE, close_warm_parent
 from heads_lightning.tracking.process import status_of
+from heads_lightning.tracking.stopping import Stopped
 
 Compose = Callable[[Sequence[str]], tuple[DictConfig, str | None]]
 """From the overrides of a cell to (its tree, the folder that the user named for it; None for the cell's number)."""
@@ -85,7 +86,11 @@ class Sweep(ABC):
             settings.write(self.sweep_dir, keep._replace(options=replace(self.options, resume=None)))
             (self.sweep_dir / STOP_FILE).unlink(missing_ok=True)
             with self._parent_run():
-                self._launch_all(launch)
+                try:
+                    self._launch_all(launch)
+                except (KeyboardInterrupt, Stopped) as stop:
+                    stop.add_note(f"  go on with: heads-lightning train -m sweep.resume={self.sweep_dir}")
+                    raise
         self._raise_failures()
 
     @abstractmethod

@@ -17,6 +17,15 @@ ITEMS_PER_BATCH = 100
 FINAL = ("INVALID_PARAMETER_VALUE", "ENDPOINT_NOT_FOUND")
 """Errors of MLflow that another try does not change."""
 
+ANSWERS = {
+    "error code 401": "it does not know you (401): set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "error code 403": "it forbids this (403): the user of MLFLOW_TRACKING_USERNAME or MLFLOW_TRACKING_TOKEN may not write there",
+    "error code 404": "what answers there is not MLflow (404)",
+    "not in a valid JSON format": "what answers there is not MLflow",
+    "too many 50": "it answers with errors of its own (5xx)",
+}
+"""What a server's answer means, by what MLflow says of it."""
+
 
 class NotSent(Exception):
     """The store did not take something now; it may later."""
@@ -96,4 +105,7 @@ def _reason(error: BaseException) -> str:
         return "connection refused"
     if "timed out" in text or "timeout" in text.lower():
         return "no answer in time"
+    for sign, meaning in ANSWERS.items():
+        if sign in text:
+            return meaning
     return cut(text.strip().splitlines()[0], 300)

@@ -30,7 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from heads_lightning.registry import ConfigError
 from heads_lightning.tracking.file_lock import file_lock
-from heads_lightning.tracking.mlflow_calls import NotSent
+from heads_lightning.tracking.mlflow_calls import NotSent, Refused
 from heads_lightning.tracking.mlflow_header import read_header
 from heads_lightning.tracking.mlflow_opening import import_client, short_timeouts
 from heads_lightning.tracking.mlflow_run import MlflowRun, Unsent
@@ -145,7 +145,7 @@ class Sender:
             elif time.monotonic() >= self._next_heartbeat:
                 self.run.heartbeat()
                 self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
-        except NotSent as error:
+        except (NotSent, Refused) as error:
             self._failures += 1
             logging.warning("not sent: %s", error, exc_info=error.__cause__)
             self._warn(str(error))

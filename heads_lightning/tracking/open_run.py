@@ -13,6 +13,7 @@ Nothing here imports MLflow, Lightning or torch.
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -27,7 +28,7 @@ from heads_lightning.tracking import provenance
 from heads_lightning.tracking.mlflow_lookup import find_run_dir, reap
 from heads_lightning.tracking.mlflow_store import Store, resolve_store, ui_command
 from heads_lightning.tracking.mlflow_sync import send_later
-from heads_lightning.tracking.process import Status, is_first_rank, status_of
+from heads_lightning.tracking.process import Status, is_first_rank, is_there, status_of
 from heads_lightning.tracking.run_folder import (
     ARTIFACTS,
     CONFIG,
@@ -49,6 +50,8 @@ from heads_lightning.tracking.sender_process import SenderProcess, start_ahead
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 
 class FolderRunLog(RunLog):
@@ -166,9 +169,13 @@ class FolderRunLog(RunLog):
 
     def _record_provenance(self) -> None:
         found = provenance.collect()
-        write_json(self.run_dir / PROVENANCE, found.as_dict())
-        (self.run_dir / DIFF).write_text(found.git.diff, encoding="utf-8")
         self.record("tags", tags=found.tags())
+        try:
+            write_json(self.run_dir / PROVENANCE, found.as_dict())
+            (self.run_dir / DIFF).write_text(found.git.diff, encoding="utf-8")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the run goes on without it", self.run_dir / PROVENANCE, error)
+            return
         self.record("file", path=PROVENANCE, folder="")
         if found.git.dirty:
             self.record("file", path=DIFF, folder="")
@@ -221,9 +228,9 @@ def open_run(
     if store is not None:
         store.check_place(make=True)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        _take_folder(run_dir)
     before = list(read_records(run_dir / EVENTS))
-    if before and not resume:
-        raise ConfigError(f"{run_dir} holds a run already; go on with it by resume={run_dir}, or choose another name")
     log = FolderRunLog(run_dir, store=store, resume=resume)
     log.record("open", name=name, parent=parent, pid=os.getpid(), host=socket.gethostname(), **_copy_settings(tracking, store))
     _record_config(log, config_flat, config_yaml, before)
@@ -231,6 +238,30 @@ def open_run(
         log.set_tags(tracking.tags)
     log.start()
     return log
+
+
+def _take_folder(run_dir: Path) -> None:
+    """Make the file that marks the folder as a run's: of several that want it at once, one gets it."""
+    try:
+        os.close(os.open(run_dir / EVENTS, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        has_checkpoint = any((run_dir / "checkpoints").glob("step-*.ckpt"))
+        instead = f"go on with it by resume={run_dir}" if has_checkpoint else "it has no checkpoint, take it away"
+        raise ConfigError(f"{run_dir} holds a run already; {instead}, or choose another name: hydra.run.dir=FOLDER") from None
+
+
+def check_nobody_trains(run_dir: Path) -> None:
+    """Refuse to go on with a run while another process of this machine trains it.
+
+    Raises:
+        ConfigError: with the process.
+    """
+    opened: dict[str, Any] = {}
+    for record in read_records(run_dir / EVENTS):
+        opened = record if record.get("kind") == "open" else {} if record.get("kind") == "finish" else opened
+    pid = opened.get("pid", os.getpid())
+    if opened.get("host") == socket.gethostname() and pid != os.getpid() and is_there(pid, since=opened["time"]):
+        raise ConfigError(f"{run_dir} is being trained by process {pid}; stop it first, which saves: kill {pid}")
 
 
 def open_parent(tracking: TrackingConfig, *, sweep_dir: Path, run_root: Path, name: str, config_yaml: str = "") -> RunLog:

@@ -44,3 +44,14 @@ def status_of(error: BaseException | None) -> Status:
             return "SCHEDULED"
         return "FINISHED" if code == 0 else "KILLED" if isinstance(code, int) and 128 < code < 160 else "FAILED"
     return "FAILED"
+
+
+def is_there(pid: int, *, since: float) -> bool:
+    """Whether a process of this machine lives that was there at the Unix time `since`; one that took over its number is younger."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= since + 1
+    except psutil.NoSuchProcess:
+        return False

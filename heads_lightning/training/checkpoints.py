@@ -136,6 +136,9 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 def newest_checkpoint(run_dir: Path) -> Path:
     """The newest checkpoint of a run folder."""
     saved = saved_checkpoints(run_dir / FOLDER)
+    if not saved and (run_dir / "sweep.json").is_file():
+        raise ConfigError(f"{run_dir} is the folder of a sweep; "
+                          f"name one of its runs, e.g. {run_dir}/0, or go on with all: train -m sweep.resume={run_dir}")  # fmt: skip
     if not saved:
         raise ConfigError(f"{run_dir} holds no checkpoint (looked for {FOLDER}/step-*.ckpt)")
     return saved[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,9 @@ from lightning.pytorch.callbacks import Callback
 
 from heads_lightning.configs.trainer import CheckpointFormat, TrainerConfig
 from heads_lightning.module import LanguageModule
-from heads_lightning.registry import ConfigError, RunError
-from heads_lightning.tracking.process import STOP_SIGNALS
+from heads_lightning.registry import RunError
+from heads_lightning.tracking.process import STOP_SIGNALS, is_first_rank
+from heads_lightning.tracking.stopping import Stopped
 from heads_lightning.training.agreement import gathered
 from heads_lightning.training.checkpoints import (
     FOLDER,
@@ -34,16 +36,21 @@ if TYPE_CHECKING:
     from heads_lightning.training.distributed_checkpoints import FolderWriter
 
 
-class Interrupted(SystemExit):
-    """Training was asked to stop by a signal; the step was finished and saved. Exits with 128 + the signal's number, as shells expect."""
+class Interrupted(Stopped):
+    """Training was asked to stop by a signal, and the step was finished.
 
-    def __init__(self, signal_number: int, checkpoint: Path) -> None:
-        super().__init__(128 + signal_number)
-        self.signal_number = signal_number
+    Args:
+        signal_number: which signal.
+        checkpoint: of the last step; None where it could not be saved.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: Path | None) -> None:
+        super().__init__(signal_number)
         self.checkpoint = checkpoint
 
     def __str__(self) -> str:
-        return f"stopped by {signal.Signals(self.signal_number).name} after a whole step; saved {self.checkpoint}"
+        saved = f"saved {self.checkpoint}" if self.checkpoint else "it could not be saved"
+        return f"{super().__str__()} after a whole step; {saved}"
 
 
 class BestCheckpoints:
@@ -166,17 +173,26 @@ class CheckpointCallback(Callback):
         if self._stop_signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked twice: at once
         self._stop_signal = number
+        if number == signal.SIGINT and is_first_rank():
+            # not `print`: the signal may have come in the middle of one
+            os.write(2, b"heads-lightning: stopping after this step, which is saved; Ctrl-C again stops at once and loses it\n")
+
+    def _is_stopping(self, trainer: lightning.Trainer) -> bool:
+        """Whether any rank was asked to stop; every rank must come here."""
+        asked = self._stop_signal is not None
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+
+    def _interrupted(self, step: int) -> Interrupted:
+        """What ends the run after `step`."""
+        saved = checkpoint_path(self.run_dir, step) if self.saved_step == step else None
+        return Interrupted(self._stop_signal or signal.SIGTERM, saved)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save when due; stop when asked, at a step boundary that every rank agrees on."""
         step = batch_idx + 1
-        stop = (
-            trainer.strategy.reduce_boolean_decision(self._stop_signal is not None, all=False)
-            if trainer.world_size > 1
-            else (self._stop_signal is not None)
-        )
+        stop = self._is_stopping(trainer)
         # the last step too: after the epoch has ended, Lightning's counters would say that there is nothing to go on with
         last = step == trainer.num_training_batches
         if stop or last or step % self.every_steps == 0 or is_halfway(step, self.config):
@@ -184,7 +200,7 @@ class CheckpointCallback(Callback):
         if stop or last or self.every_steps == 1:  # there is no half-way
             self._wait()
         if stop:
-            raise Interrupted(self._stop_signal or signal.SIGTERM, checkpoint_path(self.run_dir, step))
+            raise self._interrupted(step)
 
     def save(self, trainer: lightning.Trainer, step: int) -> None:
         """Write the checkpoint of `step` and drop those that are not kept."""
@@ -228,20 +244,28 @@ class CheckpointCallback(Callback):
             self._say_not_saved(checkpoint_path(self.run_dir, begun), error)
 
     def _say_not_saved(self, path: Path, error: Exception) -> None:
-        self.warn(f"could not save {path}: {error}; the checkpoint before it is kept, the next one is due in {self.every_steps} steps")
+        # torch's writer hides what the disk said behind what it found in its file
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        self.warn(f"could not save {path}: {reason}; what was saved before is kept")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Nothing is left unsaved."""
+        """Nothing is left unsaved, and who asked to stop in the last validation is obeyed.
+
+        Raises:
+            RunError: the last checkpoint could not be saved.
+        """
         step = int(trainer.num_training_batches)
         if self._resumed_step == step:
             self.warn(f"{self.run_dir} has done its {step} steps already; to go on: trainer.max_steps={2 * step}")
+        if self._is_stopping(trainer):
+            raise self._interrupted(step)
         if self.saved_step != step and trainer.global_step:
-            raise ConfigError(
-                f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and resume"
-            )
+            saved = saved_checkpoints(self.run_dir / FOLDER)
+            go_on = f"go on with: heads-lightning train resume={self.run_dir}" if saved else "train again"
+            raise RunError(f"the last checkpoint could not be saved to {checkpoint_path(self.run_dir, step)}; free some space and {go_on}")
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Give the signals back (after an exception Lightning does)."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
