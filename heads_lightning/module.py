@@ -200,7 +200,8 @@ class LanguageModule(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Sums of all ranks, divided once."""
         totals = self._validation.over_ranks(self.sum_over_data_ranks)
-        values = {"val/loss": totals.loss / max(totals.targets, 1)}
+        # the mean over no targets is no number: 0 would look like a perfect model
+        values = {"val/loss": totals.loss / totals.targets} if totals.targets else {}
         for i, name in enumerate(self.parts):
             if totals.part_targets[i]:
                 values[f"val/loss_{name}"] = totals.part_losses[i] / totals.part_targets[i]

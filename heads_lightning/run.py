@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +46,7 @@ from heads_lightning.tracking.system_metrics import peak_flops
 from heads_lightning.training.agreement import SameConfig, settled
 from heads_lightning.training.averaging import WeightAverage
 from heads_lightning.training.callbacks import MetricsCallback, ProgressCallback
-from heads_lightning.training.checkpoints import checkpoint_path
+from heads_lightning.training.checkpoints import checkpoint_path, step_of
 from heads_lightning.training.profiling import ProfileCallback
 from heads_lightning.training.run_logger import RunLogger
 from heads_lightning.training.saving import CheckpointCallback
@@ -98,6 +98,7 @@ def train(
         check_nobody_trains(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = to_yaml(config)
+    checkpoint = _resume_path(config)
     with open_run(
         config.tracking,
         run_dir=run_dir,
@@ -106,7 +107,8 @@ def train(
         config_flat=flatten(config),
         config_yaml=text,
         parent=parent,
-        resume=config.resume is not None,
+        resume=checkpoint is not None,
+        first_step=step_of(checkpoint) if checkpoint else 0,
     ) as log:
         with contextlib.closing(PreparationProgress(console)) as progress:
             experiment = build(config, progress=progress)
@@ -121,6 +123,7 @@ def _fit(
     sizes = config.trainer.batch_sizes(config.data.sequence_length)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     warn = partial(say, style="yellow")
+    _check_held_out(experiment, warn)
     watch = SpikeWatch(run_dir, sizes, warn)
     metrics = MetricsCallback(
         lambda values, step, tokens: log.log_metrics(values, step=step, tokens=tokens),
@@ -162,6 +165,25 @@ def _fit(
     _say_what_runs(experiment, console, trainer)
     _run_steps(trainer, experiment)
     return _conclude(experiment, run_dir, log, console, metrics, checkpoints, trainer)
+
+
+def _check_held_out(experiment: Experiment, warn: Callable[[str], None]) -> None:
+    """Say before training that there will be no held-out loss, or refuse to train where checkpoints are kept by it.
+
+    Raises:
+        ConfigError: trainer.keep_best has nothing to go by.
+    """
+    if experiment.datamodule.has_held_out_targets():
+        return
+    trainer = experiment.config.trainer
+    metric = trainer.keep_best_metric if trainer.keep_best else "val/loss"
+    message = (
+        f"none of the {experiment.datamodule.validation_sequences} held-out sequences has a target, so there is no {metric}; "
+        f"hold out more: data.validation_fraction, data.validation_sequences"
+    )
+    if trainer.keep_best:
+        raise ConfigError(f"{message}, or leave out trainer.keep_best={trainer.keep_best}")
+    warn(message)
 
 
 def _run_steps(trainer: lightning.Trainer, experiment: Experiment) -> None:

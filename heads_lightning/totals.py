@@ -28,6 +28,8 @@ class Totals:
         """Of each finished step: loss summed and targets on this rank, norm of the gradient."""
         self._of_step: dict[str, Tensor] = {}
         self._targets_of_step = 0
+        self.targets_seen = 0
+        """Those of skipped steps too."""
         self.targets = 0
         self.positions = 0
         self.padding = 0
@@ -50,6 +52,7 @@ class Totals:
             _accumulate(self._tensors, "grad_norm", norm)
             self.targets += self._targets_of_step
             self.good_steps += 1
+        self.targets_seen += self._targets_of_step
         if "loss" in self._of_step:
             self.by_step.append((self._of_step["loss"], self._targets_of_step, norm))
         self._of_step, self._targets_of_step = {}, 0
@@ -62,17 +65,20 @@ class Totals:
             _accumulate(self._tensors, "statistics", output.statistics)
         _accumulate(self._tensors, "loss", losses_BS.sum())
         self.targets += batch.counted
-        self.add_parts(output, batch)
+        self._add_parts(self._tensors, output, batch)
 
     def add_parts(self, output: HeadLoss, batch: Batch) -> None:
-        """Add to the loss of each part, from losses that are per target."""
+        """Add to the loss of each part in a training micro-batch, from losses that are per target."""
+        self._add_parts(self._of_step, output, batch)
+
+    def _add_parts(self, sums: dict[str, Tensor], output: HeadLoss, batch: Batch) -> None:
         losses_BS = _wide(output.loss)
         for i in range(self.num_parts):
             inside_BS = (batch.labels_BS != IGNORE) & _part_is(batch, i)
-            _accumulate(self._tensors, f"part_loss_{i}", losses_BS.masked_fill(~inside_BS, 0.0).sum())
+            _accumulate(sums, f"part_loss_{i}", losses_BS.masked_fill(~inside_BS, 0.0).sum())
             # a part is reported as the mean over its own targets, each with its weight: a weight of the whole part cancels
             counts_BS = inside_BS if batch.weights_BS is None else inside_BS * batch.weights_BS
-            _accumulate(self._tensors, f"part_targets_{i}", _wide(counts_BS).sum())
+            _accumulate(sums, f"part_targets_{i}", _wide(counts_BS).sum())
 
     def read(self) -> dict[str, float]:
         """The sums as numbers (this is where the host waits for the device)."""

@@ -93,7 +93,7 @@ def test_mixed_precision_of_sharded_runs_leaves_systems_exact_or_is_refused(tmp_
         for keeps in (False, True):
             model = TINY.build(vocab_size=VOCAB)
             model.load_state_dict(state)
-            for system in [m for m in model.modules() if isinstance(m, S4D)] if keeps else []:
+            for system in model.exact_modules if keeps else []:
                 fully_shard(system, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
             fully_shard(model, mp_policy=coarse)
             if keeps:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -21,6 +22,8 @@ from heads_lightning.sweeps.comparison import compare, rank, summary
 from heads_lightning.sweeps.grid import grid, meets
 from heads_lightning.sweeps.ledger import Ledger, State
 from heads_lightning.sweeps.slots import own_gpus, slots, visible_gpus
+from heads_lightning.sweeps.warm import ParentEnded, WarmParent
+from heads_lightning.tracking.process import is_there
 from heads_lightning.tracking.run_folder import read_records
 
 
@@ -356,6 +359,40 @@ def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(number: int, cod
     again.send_signal(signal.SIGTERM)
     again.communicate(timeout=120)
     assert steps() == list(range(1, max(steps()) + 1))
+
+
+def servers(pid: int) -> list[psutil.Process]:
+    """Warm parents of a process."""
+    return [child for child in psutil.Process(pid).children() if child.cmdline()[-1:] == ["--serve"]]
+
+
+def test_a_warm_parent_that_is_killed_costs_its_cell_alone(tiny: list[str], tmp_path: Path) -> None:
+    cells = ["trainer.max_steps=3000,4", "trainer.checkpoint_every_steps=5"]
+    process = subprocess.Popen([*command(*tiny, *cells), f"hydra.sweep.dir={tmp_path}"], stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: list((tmp_path / "0" / "checkpoints").glob("step-*.ckpt")), process)
+    (server,) = servers(process.pid)
+    (cell,) = [child for child in server.children() if "--serve" in child.cmdline()]
+    server.kill()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert not is_there(cell.pid, since=time.time())
+    assert states(tmp_path) == ["failed", "done"], stderr
+    (lost, _) = Ledger.of(tmp_path).entries().values()
+    assert lost.reason == "its warm parent was lost (killed by SIGKILL), so it was stopped"
+    assert f"cell 0 FAILED: {lost.reason}" in stderr
+    assert stderr.count("the warm parent of the cells was lost (killed by SIGKILL); another one is started") == 1
+    assert "Traceback" not in stderr
+
+
+def test_a_warm_parent_that_is_killed_before_it_forks_says_so(tmp_path: Path) -> None:
+    parent = WarmParent(uri=None)
+    assert (parent.refusal, parent.ending) == ("", "")
+    (server,) = servers(os.getpid())
+    server.kill()
+    with pytest.raises(ParentEnded, match="killed by SIGKILL"):
+        parent.fork([], log=tmp_path / "log", environment={})
+    assert parent.ending == "killed by SIGKILL"
+    parent.close()
 
 
 def test_a_cell_is_run_from_its_resolved_config(failing: tuple) -> None:

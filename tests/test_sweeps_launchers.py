@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from test_sweeps import starts, states, sweep
 from heads_lightning.configs.sweep import Pruner, Sampler, SweepConfig
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps import settings
-from heads_lightning.sweeps.ledger import Ledger
+from heads_lightning.sweeps.ledger import Entry, Ledger, State
 from heads_lightning.tracking.run_folder import read_metrics, read_records
 
 LAUNCHERS = {
@@ -99,6 +100,25 @@ def test_search_spaces(override: str, message: str | None) -> None:
     else:
         with pytest.raises(ConfigError, match=message):
             search_space([override])
+
+
+def test_a_cell_without_the_metric_is_nothing_to_learn_from(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from heads_lightning.sweeps.study import ask, open_study, search_space, tell
+
+    study = open_study(tmp_path, SweepConfig())
+    _, space = search_space(["seed=1,2"])
+    for metrics, state in (
+        ({"val/loss": 2.0}, "done"),
+        ({"train/loss": 1.0}, "done"),
+        ({"val/loss": math.nan}, "done"),
+        ({}, "pruned"),
+        ({}, "failed"),
+    ):
+        trial, _ = ask(study, space)
+        tell(study, trial.number, Entry("hash", 0, "0", (), state=State(state), metrics=metrics), "val/loss")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "FAIL", "PRUNED", "FAIL"]
+    assert study.best_value == 2.0
 
 
 @pytest.mark.parametrize("options", [*({"sampler": s} for s in Sampler), *({"pruner": p} for p in Pruner)], ids=str)

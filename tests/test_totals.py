@@ -28,13 +28,16 @@ def test_a_small_loss_is_not_lost_in_a_large_sum() -> None:
 
 
 def test_a_skipped_step_is_seen_and_has_no_part_in_the_means() -> None:
-    totals = Totals()
+    totals = Totals(1)
     for loss, counts in ((4.0, True), (math.inf, False), (6.0, True)):
         for _ in range(2):
+            totals.add_parts(HeadLoss(torch.tensor([[loss, loss, loss, 0.0]]), {}), BATCH)
             totals.add(summed(loss), BATCH)
         totals.finish_step(torch.tensor(loss), counts=counts)
-    assert totals.read() == {"loss": 20.0, "grad_norm": 10.0}
-    assert (totals.targets, totals.good_steps, totals.steps, totals.positions, totals.padding) == (12, 2, 3, 24, 6)
+    sums = totals.read()
+    assert totals.part_means(sums, ["all"]) == {"loss_all": 5.0}
+    assert (sums["loss"], sums["grad_norm"]) == (20.0, 10.0)
+    assert (totals.targets, totals.targets_seen, totals.good_steps, totals.steps, totals.positions, totals.padding) == (12, 18, 2, 3, 24, 6)
     assert [(float(loss), targets, float(norm)) for loss, targets, norm in totals.by_step] == [
         (8.0, 6, 4.0), (math.inf, 6, math.inf), (12.0, 6, 6.0),
     ]  # fmt: skip

@@ -26,7 +26,9 @@ from heads_lightning.tracking.mlflow_lookup import find_run_dir
 from heads_lightning.tracking.mlflow_opening import on_local_disk
 from heads_lightning.tracking.mlflow_store import Store, resolve_store, ui_command
 from heads_lightning.tracking.open_run import FolderRunLog, NullRunLog, RunLog, check_nobody_trains, is_first_rank, open_run, status_of
+from heads_lightning.tracking.process import REQUEUE_SIGNALS
 from heads_lightning.tracking.run_folder import METRICS, JsonLines, Point, point_record, read_lines, read_metrics, read_records, write_json
+from heads_lightning.tracking.stopping import Stopped
 from heads_lightning.tracking.system_metrics import SystemMetrics, parse_nvidia_smi
 
 
@@ -188,6 +190,8 @@ def exit_after(error: BaseException, code: int) -> SystemExit:
         (SystemExit("message"), "FAILED"),
         (SystemExit(130), "KILLED"),
         (SystemExit(143), "KILLED"),
+        (Stopped(signal.SIGTERM), "KILLED"),
+        *((Stopped(number), "SCHEDULED") for number in REQUEUE_SIGNALS),  # the job gave itself back
         (SIGTERMException(), "KILLED"),
         (exit_after(KeyboardInterrupt(), 1), "KILLED"),  # what Lightning makes of Ctrl-C
         (exit_after(ValueError(), 1), "FAILED"),

@@ -103,7 +103,7 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
     options: dict[str, Any] = {"config": config, "run_dir": child, "parent": str(tmp_path / "sweep")}
     with open_tracked(tmp_path, "0", **options, config_flat={"seed": "0", "long": "x" * 7000, "a@b": "c"}) as log:
         for step in range(1, 11):
-            log.log_metrics({"loss": step, "odd@name": 1.0, "bad": float("inf") if step in (3, 4) else 1.0}, step=step)
+            log.log_metrics({"loss": step, "odd@name": 1.0, "odd_name": 2.0, "bad": float("inf") if step in (3, 4) else 1.0}, step=step)
         log.log_text("samples/a.txt", "text")
         first = log.wait_for_run_id(60)
         client = client_of(tmp_path)
@@ -117,7 +117,9 @@ def test_resume_goes_on_with_the_same_run_below_the_same_parent(tmp_path: Path) 
     run = client.get_run(first)
     assert run.info.status == "FINISHED"
     assert steps(client, run.info.run_id) == list(range(1, 16))
-    assert steps(client, run.info.run_id, "odd_name") == list(range(1, 11))
+    odd = {name: value for name, value in run.data.metrics.items() if name.startswith("odd")}
+    assert sorted(odd.values()) == [1.0, 2.0]  # MLflow has one name for both
+    assert all(steps(client, run.info.run_id, name) == list(range(1, 11)) for name in odd)
     assert steps(client, run.info.run_id, "bad") == [1, 2, 5, 6, 7, 8, 9, 10]
     assert run.data.tags["nonfinite.bad"] == "2 values; the first at step 3: inf"
     assert (run.data.params["seed"], run.data.tags["resume_1/seed"], run.data.params["a_b"]) == ("0", "1", "c")
@@ -184,16 +186,25 @@ def test_a_run_that_was_deleted_goes_on_when_it_is_restored(tmp_path: Path) -> N
     assert steps(client, runs(client)["run"].info.run_id) == [1, 2]
 
 
-def test_a_resumed_run_that_disappears_does_not_end_as_it_did_before(tmp_path: Path) -> None:
+def test_a_run_that_was_given_back_goes_on_and_ends_as_it_ends_now(tmp_path: Path) -> None:
     def opened(*, resume: bool) -> RunLog:
-        settings: dict[str, Any] = {"config_flat": {}, "config_yaml": "", "resume": resume}
+        settings: dict[str, Any] = {"config_flat": {}, "config_yaml": "", "resume": resume, "first_step": 8 * resume}
         return open_run(NoTrackingConfig(), run_dir=tmp_path / "run", run_root=tmp_path, name="run", **settings)
 
-    opened(resume=False).finish()
+    opened(resume=False).finish("SCHEDULED")
+    copy, client = MlflowRun(tmp_path / "run", store=resolve_store(MLflowConfig(), tmp_path, {}), say=print), client_of(tmp_path)
+    copy.attach(live=False)
+    copy.close(default="KILLED")
+    given_back = client.get_run(copy.run_id).info
+    assert (given_back.status, given_back.end_time) == ("SCHEDULED", None)  # it will go on: that is no end
     log = opened(resume=True)
     copy = MlflowRun(tmp_path / "run", store=resolve_store(MLflowConfig(), tmp_path, {}), say=print)
     copy.attach(live=True)
-    client, statuses = client_of(tmp_path), []
+    assert copy.last_step == 8  # until there is a point, the machine is measured at the step that training goes on from
+    log.log_metrics({"loss": 1.0}, step=9)
+    copy.send()
+    assert copy.last_step == 9
+    statuses = []
     for finish in (lambda: None, lambda: log.finish("FAILED")):
         finish()
         copy.close(default="KILLED")

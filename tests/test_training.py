@@ -19,7 +19,7 @@ from heads_lightning.configs.schedule import schedules
 from heads_lightning.module import TrainingStopped
 from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
-from heads_lightning.tracking.run_folder import read_metrics
+from heads_lightning.tracking.run_folder import EVENTS, read_metrics, read_records
 from heads_lightning.training.checkpoints import (
     KEY,
     checkpoint_path,
@@ -101,6 +101,7 @@ def test_a_resumed_run_equals_an_unbroken_one_to_the_bit(tiny: list[str], tmp_pa
     (broken / "metrics.jsonl").write_text("".join(row for row in rows if json.loads(row)["step"] <= 4))
     train(compose([*overrides, f"resume={broken}"]), broken)
     assert largest_difference(weights(whole), weights(broken)) == 0.0
+    assert [record["first_step"] for record in read_records(broken / EVENTS) if record["kind"] == "open"] == [0, 3]
     losses = [[(p["step"], p["train/loss"]) for p in points(run) if "train/loss" in p] for run in (whole, broken)]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]

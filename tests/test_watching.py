@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 from pathlib import Path
@@ -10,10 +11,12 @@ from pathlib import Path
 import lightning.pytorch as lightning
 import pytest
 import torch
+from rich.console import Console
 from test_training import points
 
 from heads_lightning.composition import compose
 from heads_lightning.configs.batch_sizes import BatchSizes
+from heads_lightning.registry import ConfigError
 from heads_lightning.run import train
 from heads_lightning.training.profiling import TABLE, TRACE
 from heads_lightning.training.spikes import FILE, SpikeWatch, StepRecord
@@ -83,15 +86,50 @@ def test_the_profiler_records_the_steps_it_is_asked_for(tiny: list[str], tmp_pat
 
 
 def test_a_skipped_step_has_no_part_in_the_means(tiny: list[str], tmp_path: Path) -> None:
+    """Points of two steps. Of the first the second step, which alone is looked at by parts, is skipped; of the second both are."""
+
     class Poison(lightning.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-            self.handle = pl_module.head.w_out.weight.register_hook(lambda grad: grad * (float("nan") if batch_idx == 1 else 1.0))
+            self.handle = pl_module.head.w_out.weight.register_hook(lambda grad: grad * (1.0 if batch_idx == 0 else float("nan")))
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
             self.handle.remove()
 
-    train(compose([*tiny, "trainer.log_every_steps=4"]), tmp_path, callbacks=[Poison()])
-    (point,) = [p for p in points(tmp_path) if "train/loss" in p]
-    assert math.isfinite(point["train/loss"])
-    assert math.isfinite(point["train/grad_norm"])
-    assert point["train/bad_steps"] == 1
+    logged = {}
+    for name, callbacks in (("whole", []), ("skipped", [Poison()])):
+        train(compose([*tiny, "objective=fim", "trainer.log_every_steps=2"]), tmp_path / name, callbacks=callbacks)
+        logged[name] = [p for p in points(tmp_path / name) if "train/learning_rate" in p]
+    assert [p["train/bad_steps"] for p in logged["skipped"]] == [1, 3]
+    means = [[{k for k in p if k.startswith("train/loss")} | p.keys() & {"train/grad_norm"} for p in logged[name]] for name in logged]
+    assert len(means[0][0]) > 2
+    assert means == [[means[0][0]] * 2, [{"train/loss", "train/grad_norm"}, set()]]
+    assert all(math.isfinite(logged["skipped"][0][name]) for name in means[1][0])
+    assert [p["train/target_share"] for p in logged["skipped"]] == [p["train/target_share"] for p in logged["whole"]]
+
+
+FEW_TARGETS = ["objective=fim", "objective.rate=0.01", "objective.loss_on=middle", "trainer.max_steps=30"]
+"""One sequence in a hundred has a target: no held-out one of eight, and no step but a few."""
+
+
+def test_a_mean_over_no_target_is_not_logged_and_said_once(tiny: list[str], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    result = train(compose([*tiny, *FEW_TARGETS, "trainer.val_every_steps=15"]), tmp_path, console=console)
+    training = [p for p in points(tmp_path) if "train/target_share" in p]
+    has_target = [p["train/target_share"] > 0 for p in training]
+    assert len(training) == 30
+    assert 0 < sum(has_target) < 10
+    assert ["train/loss" in p for p in training] == has_target
+    assert all(p["train/loss"] > 1 for p in training if "train/loss" in p)
+    assert training[-1]["train/spikes"] == 0  # steps without a loss are not the usual loss
+    assert not [name for p in points(tmp_path) for name in p if name.startswith("val/")]
+    assert not [name for name in result.metrics if name.startswith("val/")]
+    said = console.file.getvalue()
+    assert said.count("none of the 8 held-out sequences has a target, so there is no val/loss") == 1
+    assert said.count("had nothing to predict") == 1
+    assert "held-out loss" not in (tmp_path / "summary.txt").read_text()
+
+
+def test_the_best_checkpoints_of_no_held_out_target_are_refused_before_training(tiny: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none of the 8 held-out sequences.*no val/loss; .*or leave out trainer\.keep_best=1"):
+        train(compose([*tiny, *FEW_TARGETS, "trainer.keep_best=1"]), tmp_path)
+    assert points(tmp_path) == []

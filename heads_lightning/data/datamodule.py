@@ -325,7 +325,13 @@ class TokenDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> ValidationLoader:
         """The same batches every time."""
-        rank, world_size = self._place()
+        return self._validation_loader(*self._place())
+
+    def has_held_out_targets(self) -> bool:
+        """Whether validation has anything to predict, over all ranks. Reads up to the first target: as a rule one batch."""
+        return any(batch.counted for batch in self._validation_loader(0, 1))
+
+    def _validation_loader(self, rank: int, world_size: int) -> ValidationLoader:
         return ValidationLoader(
             self.validation_stream,
             self.objective,

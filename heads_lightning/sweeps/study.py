@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from heads_lightning.composition.mistakes import parse
 from heads_lightning.configs.sweep import Pruner, Sampler, SweepConfig
 from heads_lightning.registry import ConfigError
+from heads_lightning.sweeps.ledger import Entry, State
 
 if TYPE_CHECKING:
     import optuna
@@ -88,6 +90,22 @@ def judge(study: optuna.Study, number: int, *, step: int, value: float) -> bool:
     if step not in known:  # a cell that went on from a checkpoint passes some steps again
         storage.set_trial_intermediate_value(trial_id, step, value)
     return study.pruner.prune(study, storage.get_trial(trial_id))
+
+
+def tell(study: optuna.Study, number: int, entry: Entry, metric: str) -> None:
+    """What became of the cell of a trial; nothing where it is to be run again."""
+    value = entry.metrics.get(metric, math.nan)
+    if entry.state == State.done and not math.isnan(value):
+        study.tell(number, value)
+    elif entry.state == State.pruned:
+        study.tell(number, state=require_optuna().trial.TrialState.PRUNED)
+    elif entry.state in (State.done, State.failed):  # done without a value: its held-out data has no target
+        tell_failed(study, number)
+
+
+def tell_failed(study: optuna.Study, number: int) -> None:
+    """The trial has no value to learn from."""
+    study.tell(number, state=require_optuna().trial.TrialState.FAIL)
 
 
 # --------------------------------------------------------------------------------------------------------- search space

@@ -1,8 +1,8 @@
 """Runs one cell and waits for it: what a launcher's worker does, in whatever process and on whatever machine the launcher put it.
 
 The cell is a process of its own (cell.py), fresh or forked from a warm parent; signals are passed on to it, so that it saves and stops.
-What it was killed by before it could say is written to the ledger here. A cell that fails is told at once and is no error of the worker:
-the other cells go on.
+What it was killed by before it could say is written to the ledger here; a warm parent that was killed is replaced. A cell that fails is
+told at once and is no error of the worker: the other cells go on.
 """
 
 import os
@@ -14,19 +14,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from heads_lightning.composition.saved import from_yaml
 from heads_lightning.configs.experiment import ExperimentConfig
 from heads_lightning.sweeps.cell import CLAIMED, PROGRAM
 from heads_lightning.sweeps.ledger import FINISHED, Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus
-from heads_lightning.sweeps.warm import WarmParent
-from heads_lightning.tracking.process import REQUEUE_SIGNALS, STOP_SIGNALS, is_first_rank
+from heads_lightning.sweeps.warm import ParentEnded, WarmParent
+from heads_lightning.tracking.process import REQUEUE_SIGNALS, STOP_SIGNALS, ending, is_first_rank, is_there
 from heads_lightning.tracking.stopping import Stopped
 
 STOP_FILE = ".stop"
 """In a sweep's folder: start no further cell."""
+POLL_SECONDS = 0.1
 
 
 def run_cell(sweep_dir: Path, identity: str, *, warm: bool, fail_fast: bool) -> None:
@@ -47,18 +48,18 @@ def run_cell(sweep_dir: Path, identity: str, *, warm: bool, fail_fast: bool) -> 
         parent = _warm_parent(config) if warm else None
         process = _started(parent, [str(sweep_dir), identity], log=log, environment={**os.environ, **own})
         with _signals_passed_on(process) as received:
-            code = process.wait()
-    if is_first_rank() and code != CLAIMED:
-        _conclude(ledger, identity, code, fail_fast=fail_fast)
+            end = process.wait()
+    if is_first_rank() and end.code != CLAIMED:
+        # a cell that lost its parent was asked to stop by the kernel: nobody else wanted that
+        _conclude(ledger, identity, end.reason, lost=end.code is None and not received, fail_fast=fail_fast)
     if received:
         _obey(received[0])
 
 
-def _conclude(ledger: Ledger, identity: str, code: int, *, fail_fast: bool) -> None:
-    """Tell how the cell ended; write it where the cell itself could not."""
+def _conclude(ledger: Ledger, identity: str, reason: str, *, lost: bool, fail_fast: bool) -> None:
+    """Tell how the cell ended; write it where the cell itself could not, or does not know what happened (`lost`)."""
     entry = ledger[identity]
-    if entry.state == State.running:
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code} before it was done"
+    if entry.state == State.running or (lost and entry.state not in FINISHED):
         ledger.record(identity, State.failed, reason=reason)
         entry = ledger[identity]
     _say(outcome_line(entry))
@@ -83,6 +84,20 @@ def _say(text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ processes
 
 
+class Ending(NamedTuple):
+    """How a cell's process ended."""
+
+    code: int | None
+    """Negative for a signal; None where nobody was left to tell."""
+    reason: str
+    """In words, for a cell that could not say it itself."""
+
+    @classmethod
+    def of(cls, code: int) -> "Ending":
+        """Of a process with this exit code."""
+        return cls(code, ending(code) + " before it was done" * (code >= 0))
+
+
 class FreshProcess:
     """A cell in a new interpreter."""
 
@@ -95,9 +110,9 @@ class FreshProcess:
             )  # fmt: skip
         self.pid = self._process.pid
 
-    def wait(self) -> int:
-        """Exit code; negative for a signal."""
-        return self._process.wait()
+    def wait(self) -> Ending:
+        """How it ended."""
+        return Ending.of(self._process.wait())
 
 
 class ForkedProcess:
@@ -106,10 +121,16 @@ class ForkedProcess:
     def __init__(self, parent: WarmParent, arguments: list[str], *, log: Path, environment: Mapping[str, str]) -> None:
         self._parent = parent
         self.pid = parent.fork(arguments, log=log, environment=environment)
+        self._began = time.time()
 
-    def wait(self) -> int:
-        """Exit code; negative for a signal."""
-        return self._parent.wait()
+    def wait(self) -> Ending:
+        """How it ended. One whose parent is gone saves and stops, and is waited for, so that nothing runs beside the next cell."""
+        try:
+            return Ending.of(self._parent.wait())
+        except ParentEnded as ended:
+            while is_there(self.pid, since=self._began):
+                time.sleep(POLL_SECONDS)
+            return Ending(None, f"its warm parent was lost ({ended}), so it was stopped")
 
 
 _warm: WarmParent | None = None
@@ -121,6 +142,9 @@ def _warm_parent(config: ExperimentConfig) -> WarmParent | None:
     from heads_lightning.tracking.open_run import store_of
 
     global _warm
+    if _warm is not None and not _warm.refusal and _warm.ending:
+        _say(f"the warm parent of the cells was lost ({_warm.ending}); another one is started")
+        _warm = None
     if _warm is None:
         store = store_of(config.tracking, Path(config.run_root))
         _warm = WarmParent(uri=store.uri if store else None)
@@ -131,7 +155,8 @@ def _warm_parent(config: ExperimentConfig) -> WarmParent | None:
 
 def _started(parent: WarmParent | None, arguments: list[str], *, log: Path, environment: Mapping[str, str]) -> FreshProcess | ForkedProcess:
     if parent is not None:
-        return ForkedProcess(parent, arguments, log=log, environment=environment)
+        with suppress(ParentEnded):  # since it was looked at, a moment ago
+            return ForkedProcess(parent, arguments, log=log, environment=environment)
     return FreshProcess(arguments, log=log, environment=environment)
 
 

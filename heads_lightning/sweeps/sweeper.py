@@ -239,7 +239,7 @@ class OptunaSweep(Sweep):
 
     def _ask(self, study: Any) -> tuple[int, Entry] | None:
         """(number of a new trial, its cell); None where a condition of sweep.filter left it out or it cannot work."""
-        from heads_lightning.sweeps.study import CELL, ask
+        from heads_lightning.sweeps.study import CELL, ask, tell_failed
 
         trial, overrides = ask(study, self._space)
         try:
@@ -248,7 +248,7 @@ class OptunaSweep(Sweep):
                 raise ConfigError("left out by sweep.filter")
         except ConfigError as error:
             trial.set_user_attr("reason", str(error))
-            study.tell(trial, state=_trial_state("FAIL"))
+            tell_failed(study, trial.number)
             return None
         (entry,) = self._add([cell], trial=trial.number)
         trial.set_user_attr(CELL, entry.hash)
@@ -256,39 +256,31 @@ class OptunaSweep(Sweep):
 
     def _finish_begun(self, study: Any, launch: Launch) -> None:
         """Cells that an earlier command began: told what became of them, or continued."""
-        from heads_lightning.sweeps.study import CELL
+        from heads_lightning.sweeps.study import CELL, tell_failed
 
         entries = self.ledger.entries() if self.ledger.path.exists() else {}
         begun = [trial for trial in study.get_trials(deepcopy=False) if not trial.state.is_finished()]
         known = [(trial.number, entries[trial.user_attrs[CELL]]) for trial in begun if trial.user_attrs.get(CELL) in entries]
         for trial in begun:  # killed between the question and the ledger
             if trial.user_attrs.get(CELL) not in entries:
-                study.tell(trial.number, state=_trial_state("FAIL"))
+                tell_failed(study, trial.number)
         self._launch_told(study, launch, known)
 
     def _launch_told(self, study: Any, launch: Launch, asked: Sequence[tuple[int, Entry]]) -> None:
+        from heads_lightning.sweeps.study import tell
+
         self._launch(launch, list({entry.hash: entry for _, entry in asked}.values()))
         entries = self.ledger.entries()
+        self._check_metric(list(entries.values()))
         for number, entry in asked:
-            self._tell(study, number, entries[entry.hash])
+            tell(study, number, entries[entry.hash], self.options.metric)
 
-    def _tell(self, study: Any, number: int, entry: Entry) -> None:
-        if entry.state == State.done:
-            value = entry.metrics.get(self.options.metric)
-            if value is None:
-                known = ", ".join(sorted(entry.metrics)) or "none"
-                raise RunError(f"cell {entry.number} logged no {self.options.metric}; set sweep.metric to one of {known}")
-            study.tell(number, value, state=None if value == value else _trial_state("FAIL"))
-        elif entry.state == State.pruned:
-            study.tell(number, state=_trial_state("PRUNED"))
-        elif entry.state == State.failed:
-            study.tell(number, state=_trial_state("FAIL"))
-
-
-def _trial_state(name: str) -> Any:
-    from optuna.trial import TrialState
-
-    return TrialState[name]
+    def _check_metric(self, entries: Sequence[Entry]) -> None:
+        """Refuse to search by a metric that no cell has logged."""
+        done, metric = [entry for entry in entries if entry.state == State.done], self.options.metric
+        if done and not any(metric in entry.metrics for entry in done):
+            known = ", ".join(sorted(done[0].metrics)) or "none"
+            raise RunError(f"cell {done[0].number} logged no {metric}; set sweep.metric to one of {known}")
 
 
 def _any_value(distribution: Any) -> Any:

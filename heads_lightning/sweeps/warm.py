@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ from heads_lightning.composition.store import prepare_store
 from heads_lightning.composition.validation import available_gpus
 from heads_lightning.sweeps.cell import PROGRAM, end_with_parent, main
 from heads_lightning.tracking.mlflow_sync import ADDRESS_VARIABLE
+from heads_lightning.tracking.process import ending
 from heads_lightning.tracking.sender_process import import_to_fork
 
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """Environment in which imports start no thread: OpenBLAS (numpy) has a pool, the allocator of Arrow (pandas, for MLflow) a helper."""
+
+
+class ParentEnded(Exception):
+    """The warm parent is gone, by what the message says: somebody killed it, or the machine ran out of memory."""
 
 
 class WarmParent:
@@ -48,13 +54,28 @@ class WarmParent:
         self.refusal = self._answer().get("refusal", "the warm process ended while it was importing")
 
     def fork(self, arguments: list[str], *, log: Path, environment: Mapping[str, str]) -> int:
-        """Start a cell; returns its process id."""
-        self._ask({"arguments": arguments, "log": str(log), "environment": dict(environment), "folder": os.getcwd()})
-        return self._answer()["pid"]
+        """Start a cell; returns its process id.
+
+        Raises:
+            ParentEnded: there is none that could start it.
+        """
+        with suppress(BrokenPipeError):
+            self._ask({"arguments": arguments, "log": str(log), "environment": dict(environment), "folder": os.getcwd()})
+        return self._told("pid")
 
     def wait(self) -> int:
-        """Exit code of the cell that was started last; negative for a signal."""
-        return self._answer().get("code", 1)
+        """Exit code of the cell that was started last; negative for a signal.
+
+        Raises:
+            ParentEnded: nobody will tell. The kernel asks the cell to stop, too.
+        """
+        return self._told("code")
+
+    @property
+    def ending(self) -> str:
+        """What ended the process; empty while it runs."""
+        code = None if self._process is None else self._process.poll()
+        return "" if code is None else ending(code)
 
     def close(self) -> None:
         """End the process; a cell that runs still is asked to stop by the kernel."""
@@ -63,6 +84,13 @@ class WarmParent:
             self._process.stdin.close()
             self._process.terminate()
             self._process.wait()
+
+    def _told(self, fact: str) -> int:
+        answer = self._answer()
+        if fact not in answer:
+            assert self._process is not None
+            raise ParentEnded(ending(self._process.wait()))
+        return answer[fact]
 
     def _ask(self, request: Mapping[str, Any]) -> None:
         assert self._process is not None

@@ -22,6 +22,8 @@ class Header(NamedTuple):
     flush_seconds: float
     exit_seconds: float
     system_metrics: bool
+    first_step: int = 0
+    """Optimizer steps that were done when the record was written."""
 
     @property
     def store(self) -> Store:
@@ -42,4 +44,4 @@ def read_header(run_dir: Path) -> Header:
     opened = [record for record in read_records(run_dir / EVENTS) if record.get("kind") == "open"]
     if not opened:
         raise ConfigError(f"{run_dir} is not the folder of a run: it has no {EVENTS}")
-    return Header(started=opened[0]["time"], **{k: opened[-1][k] for k in Header._fields if k != "started"})
+    return Header(started=opened[0]["time"], **{k: opened[-1][k] for k in Header._fields if k in opened[-1]})

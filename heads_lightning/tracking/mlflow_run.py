@@ -62,7 +62,7 @@ class MlflowRun:
     @property
     def last_step(self) -> int:
         """Newest optimizer step seen, for values that are logged by time."""
-        return self._points.last_step if self._points else 0
+        return max(self.header.first_step, self._points.last_step if self._points else 0)
 
     def attach(self, *, live: bool) -> None:
         """Connect and find or create the run; `live` says that training goes on, so that the run shows as RUNNING."""

@@ -204,6 +204,7 @@ def open_run(
     config_yaml: str,
     parent: str | None = None,
     resume: bool = False,
+    first_step: int = 0,
 ) -> RunLog:
     """Open the record of a run; use the result as a context manager. Returns at once: MLflow is opened beside the caller.
 
@@ -216,6 +217,7 @@ def open_run(
         config_yaml: the same as YAML; config.yaml in the run folder.
         parent: run folder or MLflow run id of the run (a sweep) that this one is a part of.
         resume: go on with the run in `run_dir`, and with the same MLflow run. Points it holds already are not logged again.
+        first_step: optimizer steps that are done already: what is measured before the next point belongs to them.
 
     Raises:
         ConfigError: the address cannot be one of an MLflow store or its file cannot be written, or the folder holds a run. A server that
@@ -232,7 +234,8 @@ def open_run(
         _take_folder(run_dir)
     before = list(read_records(run_dir / EVENTS))
     log = FolderRunLog(run_dir, store=store, resume=resume)
-    log.record("open", name=name, parent=parent, pid=os.getpid(), host=socket.gethostname(), **_copy_settings(tracking, store))
+    process = {"pid": os.getpid(), "host": socket.gethostname()}
+    log.record("open", name=name, parent=parent, first_step=first_step, **process, **_copy_settings(tracking, store))
     _record_config(log, config_flat, config_yaml, before)
     if isinstance(tracking, MLflowConfig) and tracking.tags:
         log.set_tags(tracking.tags)

@@ -46,6 +46,15 @@ def status_of(error: BaseException | None) -> Status:
     return "FAILED"
 
 
+def ending(code: int) -> str:
+    """How a process ended, in words.
+
+    Args:
+        code: its exit code; negative for a signal.
+    """
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def is_there(pid: int, *, since: float) -> bool:
     """Whether a process of this machine lives that was there at the Unix time `since`; one that took over its number is younger."""
     import psutil

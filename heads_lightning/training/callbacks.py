@@ -32,7 +32,7 @@ class MetricsCallback(Callback):
         waited_seconds: total seconds that the loader has kept training waiting so far.
         tokens_read: positions of the first n optimizer steps, over all ranks.
         counters: what the objective has counted so far.
-        warn: told once when it is the loader that training waits for.
+        warn: told once when it is the loader that training waits for, and once when steps had no target.
         spikes: judges every step.
         flops_per_second: that the devices can do at their peak, for the utilisation; None: unknown.
         flops_per_token: of the model, forward and backward.
@@ -59,7 +59,7 @@ class MetricsCallback(Callback):
         self.flops_per_second, self.flops_per_token = flops_per_second, flops_per_token
         self.counters = counters
         self.warn = warn
-        self._warned = False
+        self._warned: set[str] = set()
         self.record = record
         self.flush = flush
         self.every_steps = every_steps
@@ -123,10 +123,9 @@ class MetricsCallback(Callback):
         losses, targets, norms = zip(*by_step, strict=True)
         sums = module.sum_over_data_ranks([*torch.stack(losses).tolist(), *map(float, targets)])
         count = len(by_step)
-        means = [loss / max(number, 1.0) for loss, number in zip(sums[:count], sums[count:], strict=True)]
-        records = zip(range(step - count + 1, step + 1), means, torch.stack(norms).tolist(), strict=True)
-        # a step that is not finite is skipped and counted: train/bad_steps
-        self.spikes.add([StepRecord(*record) for record in records if math.isfinite(record[1])])
+        rows = zip(range(step - count + 1, step + 1), sums[:count], sums[count:], torch.stack(norms).tolist(), strict=True)
+        # a step that is not finite is skipped and counted: train/bad_steps; one without a target has no loss
+        self.spikes.add([StepRecord(at, loss / number, norm) for at, loss, number, norm in rows if number and math.isfinite(loss)])
         return {"train/spikes": float(len(self.spikes.spikes))}
 
     def _speed(self, tokens: int, seconds: float) -> dict[str, float]:
@@ -141,29 +140,44 @@ class MetricsCallback(Callback):
     def _check_loader(self, values: dict[str, float], step: int) -> None:
         """Say once that the loader, not the model, is the limit. The first point has the first steps in it, which wait for everything."""
         waited = values["speed/data_wait_share"]
-        if waited > self.WAITS and step > self.every_steps and not self._warned:
-            self._warned = True
-            self.warn(
+        if waited > self.WAITS and step > self.every_steps:
+            self._warn_once(
+                "loader",
                 f"training waited for data {waited:.0%} of the time up to step {step}: the loader is the limit, at "
                 f"{values['speed/tokens_per_second']:,.0f} positions/s; a larger model would cost nothing, and objective.cut=token or "
-                f"line is faster than syntax"
+                f"line is faster than syntax",
             )
 
-    def _values(self, trainer: lightning.Trainer, module: LanguageModule, step: int) -> dict[str, float]:
+    def _warn_once(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            self.warn(text)
+
+    def _means(self, module: LanguageModule, tokens: int, step: int) -> dict[str, float]:
+        """Means over the targets since the last point, skipped steps left out. A mean over none is not there: 0 would look perfect."""
         totals = module.totals
         summed = totals.read()
         names = sorted(summed.keys() - {"grad_norm"})
-        sums = module.sum_over_data_ranks([float(totals.targets), *(summed[name] for name in names)])
+        counts = [float(totals.targets_seen), float(totals.targets)]
+        seen, targets, *flat = module.sum_over_data_ranks([*counts, *(summed[name] for name in names)])
+        named = dict(zip(names, flat, strict=True))
+        values = {f"train/{name}": value / targets for name, value in named.items() if targets and not name.startswith("part_")}
+        values |= {f"train/{name}": value for name, value in totals.part_means(named, module.parts).items()}
+        if totals.good_steps:
+            values["train/grad_norm"] = summed["grad_norm"] / totals.good_steps
+        if not seen:
+            steps = f"steps {step - totals.steps + 1} to {step}"
+            self._warn_once("targets", f"{steps} had nothing to predict: no position has a target, so there is no train/loss of them")
+        return values | {"train/target_share": seen / max(tokens, 1)}
+
+    def _values(self, trainer: lightning.Trainer, module: LanguageModule, step: int) -> dict[str, float]:
+        totals = module.totals
+        tokens = self.tokens_read(step) - self.tokens_read(step - totals.steps)
+        means = self._means(module, tokens, step)  # waits for the device: the clock is read after it
         seconds = time.perf_counter() - self._since
         self.seconds_in_steps += seconds
-        tokens = self.tokens_read(step) - self.tokens_read(step - totals.steps)
-        targets, named = max(sums[0], 1.0), dict(zip(names, sums[1:], strict=True))
-        values = {f"train/{name}": value / targets for name, value in named.items() if not name.startswith("part_")}
-        values |= {f"train/{name}": value for name, value in totals.part_means(named, module.parts).items()}
-        return values | {
-            "train/grad_norm": summed.get("grad_norm", 0.0) / max(totals.good_steps, 1),
+        return means | {
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/target_share": targets / max(tokens, 1),
             "train/bad_steps": float(module.bad_steps),
             "data/padding_share": totals.padding / max(totals.positions, 1),
             "speed/tokens_per_second": tokens / max(seconds, 1e-9),

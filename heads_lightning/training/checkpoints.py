@@ -99,8 +99,9 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """Optimizer steps that a checkpoint was saved after."""
-    return int(path.stem.removeprefix("step-"))
+    """Optimizer steps that a checkpoint was saved after, by its name; 0 for one that somebody named otherwise."""
+    named = _NAME.fullmatch(path.name)
+    return int(named.group(1)) if named else 0
 
 
 def is_weights_folder(path: Path) -> bool:
