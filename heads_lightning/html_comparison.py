@@ -40,6 +40,7 @@ def cells_page(
     rows: Sequence[Sequence[Any]],
     folders: Mapping[str, Path],
     metric: str,
+    caution: str = "",
     pictures: Sequence[Path] = (),
     notes: Sequence[str] = (),
 ) -> str:
@@ -50,12 +51,14 @@ def cells_page(
         columns, rows: its table, best first.
         folders: of the cells by name, best first.
         metric: that ranks.
+        caution: why it should not, if so.
         pictures: PNG files to show as they are.
         notes: why cells failed.
     """
     curves = {metric: metric, **{name: other for name, other in CURVES.items() if other != metric}}
     body = [
         f"<h1>{escape(title)}</h1><p class='mute'>{len(rows)} cells, ranked by {escape(metric)}</p>",
+        f"<p>{escape(caution)}</p>" if caution else "",
         section("Cells", _table(columns, rows)),
         section("Not done", "".join(f"<p>{escape(note)}</p>" for note in notes)),
         section("Curves", overlaid(folders, curves)),

@@ -18,9 +18,9 @@ from heads_lightning.composition import compose, config_hash, from_yaml, to_yaml
 from heads_lightning.experiment import find_checkpoint
 from heads_lightning.registry import ConfigError
 from heads_lightning.sweeps import settings
-from heads_lightning.sweeps.comparison import compare, rank, summary
+from heads_lightning.sweeps.comparison import Comparison, Row, compare, rank, summary
 from heads_lightning.sweeps.grid import grid, meets
-from heads_lightning.sweeps.ledger import Ledger, State
+from heads_lightning.sweeps.ledger import Entry, Ledger, State
 from heads_lightning.sweeps.slots import own_gpus, slots, visible_gpus
 from heads_lightning.sweeps.warm import ParentEnded, WarmParent
 from heads_lightning.tracking.process import is_there
@@ -264,6 +264,24 @@ def test_the_comparison_ranks_and_draws(failing: tuple) -> None:
     compare(folder)
     assert (folder / "artifacts" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "artifacts" / "parallel.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("metric", "varied", "told"),
+    [
+        ("val/loss", ("objective=fim", "objective=causal"), "objective decides"),
+        ("train/loss", ("objective.rate=0", "objective.rate=1"), "objective.rate decides"),
+        ("val/loss", ("optimizer.learning_rate=1", "optimizer.learning_rate=2"), ""),
+        ("val/loss", ("data.cache_dir=a", "data.cache_dir=b"), ""),
+        ("val/loss", ("objective=fim", "objective=fim"), ""),
+        ("eval/left_to_right_bits_per_byte", ("objective=fim", "objective=causal"), ""),
+    ],
+)
+def test_losses_over_different_targets_are_not_called_a_ranking(metric: str, varied: tuple[str, str], told: str) -> None:
+    rows = [Row(Entry("", i, str(i), (override,)), 1.0, 1, dict([override.split("=")])) for i, override in enumerate(varied)]
+    caution = Comparison(metric, rows).caution
+    assert bool(caution) == bool(told)
+    assert told in caution
 
 
 def test_a_second_command_runs_what_is_left_and_new_cells(failing: tuple) -> None:

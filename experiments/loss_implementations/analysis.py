@@ -85,8 +85,9 @@ def draw_times(axis: Axes, times: dict[str, Any]) -> None:
     labels = [cell.replace("float32", "fp32").replace("bfloat16", "bf16") for cell in times]
     axis.set_xticks(range(len(times)), labels, rotation=30, ha="right")
     axis.set_ylabel("time ÷ three matrix products")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for name, colour in COLOURS.items() if name != "auto"]
-    axis.legend(handles, [name for name in COLOURS if name != "auto"], frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.03))
+    drawn = [name for name in COLOURS if any(name in cell for cell in times.values())]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in drawn]
+    axis.legend(handles, drawn, frameon=False, ncols=5, loc="lower left", bbox_to_anchor=(0, 1.03))
 
 
 def draw_sweep(axis: Axes, cells: dict[str, Any]) -> None:

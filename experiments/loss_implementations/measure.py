@@ -1,4 +1,4 @@
-"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. About seven minutes on two idle cores.
+"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. About ten minutes on two idle cores.
 
     python experiments/loss_implementations/measure.py [--quick]
 

@@ -25,6 +25,10 @@ CURVES, PARALLEL, TABLE = "curves.png", "parallel.png", "comparison.json"
 SEEN = 0.8
 """The part of a colour map that is seen on white: viridis ends in yellow."""
 MOST_IN_LEGEND = 12
+DECIDE_TARGETS = ("objective", "tokenizer", "data", "experiment")
+"""Groups of settings that decide what is predicted."""
+SAME_TARGETS = ("data.cache_dir", "data.prepare_processes", "data.length_start", "data.length_warmup_steps")
+"""Settings in them that leave held-out targets as they are."""
 
 
 class Row(NamedTuple):
@@ -49,6 +53,18 @@ class Comparison(NamedTuple):
     def keys(self) -> list[str]:
         """Varied keys in the order of the command line."""
         return list(dict.fromkeys(key for row in self.rows for key in row.varied))
+
+    @property
+    def caution(self) -> str:
+        """Why the metric is no common measure of these cells, and what is one; empty where it is."""
+        apart = [key for key in self.keys if key.split(".")[0] in DECIDE_TARGETS and key not in SAME_TARGETS]
+        apart = [key for key in apart if len({row.varied.get(key) for row in self.rows}) > 1]
+        if not apart or not self.metric.startswith(("train/loss", "val/loss")):
+            return ""
+        return (
+            f"{self.metric} is no common measure here: {' and '.join(apart)} decides what is predicted. One protocol for all: "
+            f"sweep.metric=eval/left_to_right_bits_per_byte (or another eval/… that every cell has), or heads-lightning compare RUN RUN …"
+        )
 
 
 def rank(sweep_dir: Path) -> Comparison:
@@ -88,7 +104,7 @@ def cells(comparison: Comparison) -> list[list[Any]]:
 def summary(sweep_dir: Path) -> str:
     """The table as text, with the reasons of failures; also written to summary.txt."""
     comparison = rank(sweep_dir)
-    lines = _aligned([columns(comparison), *cells(comparison)])
+    lines = [*_aligned([columns(comparison), *cells(comparison)]), *([comparison.caution] if comparison.caution else [])]
     for row in comparison.rows:
         if row.entry.reason:
             lines.append(f"cell {row.entry.number} {row.entry.state}: {row.entry.reason}")
@@ -133,6 +149,7 @@ def page(sweep_dir: Path, comparison: Comparison) -> str:
         rows=cells(comparison),
         folders={f"{row.entry.number}: {row.entry.label}": sweep_dir / row.entry.folder for row in comparison.rows},
         metric=comparison.metric,
+        caution=comparison.caution,
         pictures=[sweep_dir / ARTIFACTS / PARALLEL],
         notes=[f"cell {row.entry.number} {row.entry.state}: {row.entry.reason}" for row in comparison.rows if row.entry.reason],
     )
