@@ -128,13 +128,13 @@ class Nothing(Causal):
 
 
 def test_a_mean_over_no_target_is_not_logged_and_said_once(tiny: list[str], tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=200)
+    written = io.StringIO()
     config = replace(compose([*tiny, "objective=causal", "trainer.val_every_steps=2"]), objective=NothingConfig())
-    result = train(config, tmp_path / "run", console=console)
+    result = train(config, tmp_path / "run", console=Console(file=written, width=200))
     logged = {name for point in points(tmp_path / "run") for name in point} | result.metrics.keys()
     assert {name for name in logged if "loss" in name} == set()
     assert result.metrics["train/target_share"] == 0
-    said = console.file.getvalue()
+    said = written.getvalue()
     assert said.count("none of the 8 held-out sequences has a target, so there is no val/loss") == 1
     assert said.count("steps 1 to 1 had nothing to predict") == said.count("had nothing to predict") == 1
     assert "loss" not in (tmp_path / "run" / "summary.txt").read_text()
