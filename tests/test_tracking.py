@@ -353,6 +353,40 @@ def test_commit_and_changes(tmp_path: Path) -> None:
     assert (tmp_path / "a.py").read_text() == "new\n"
 
 
+COLLECT_WHILE_FORKING = """
+import os, signal, threading, time
+from heads_lightning.tracking import provenance
+
+children, done = [], threading.Event()
+
+def fork():
+    while not done.is_set():
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(pid)
+        time.sleep(0.001)
+
+thread = threading.Thread(target=fork)
+thread.start()
+provenance.collect()
+done.set()
+thread.join()
+print(len(children), [pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]])
+for pid in children:
+    os.kill(pid, signal.SIGKILL)
+"""
+
+
+def test_workers_that_are_forked_meanwhile_hold_nothing_up() -> None:
+    """Each inherits what is open; none has ended when the description of the run is there."""
+    done = subprocess.run([sys.executable, "-c", COLLECT_WHILE_FORKING], capture_output=True, text=True, timeout=50, check=True)
+    count, ended = done.stdout.split(maxsplit=1)
+    assert int(count) > 5
+    assert ended.strip() == "[]"
+
+
 def test_outside_a_repository_and_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance.git_state(tmp_path) == provenance.GitState(commit=None, branch=None, diff="", remote=None)
     monkeypatch.setenv("PATH", "")

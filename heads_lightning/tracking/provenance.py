@@ -8,9 +8,11 @@ import getpass
 import os
 import platform
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
@@ -114,7 +116,7 @@ def platform_facts(environment: Mapping[str, str] = os.environ) -> dict[str, str
     facts = {
         "hostname": socket.gethostname(),
         "user": user,
-        "system": platform.platform(),
+        "system": "-".join((platform.system(), platform.release(), platform.machine())),  # platform.platform() asks a process
         "python": platform.python_version(),
         "executable": sys.executable,
         "processors": str(os.cpu_count()),
@@ -134,11 +136,22 @@ def _git(folder: Path, *arguments: str, strip: bool = True) -> str | None:
     """Output of git, or None when it has no answer."""
     # GIT_OPTIONAL_LOCKS: a run must not take the index lock away from the person at work in that repository
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0"}
+    git = shutil.which("git")
+    if git is None:
+        return None
+    # a thread does this while training forks workers. One that inherits a pipe of ours keeps it from ending, so: a file, and what lets
+    # Python start git without a pipe (posix_spawn: a whole path, no cwd, nothing to close)
+    command = [git, "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, env=environment, capture_output=True, timeout=GIT_SECONDS, check=True)
+        with tempfile.TemporaryFile() as output:
+            subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL,
+                close_fds=False, timeout=GIT_SECONDS, check=True,
+            )  # fmt: skip
+            output.seek(0)
+            text = output.read().decode("utf-8", errors="replace")
     except (OSError, subprocess.SubprocessError):
         return None
-    text = done.stdout.decode("utf-8", errors="replace")
     return text.strip() if strip else text
 
 
