@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heads_lightning.losses import linear_cross_entropy, pages, unavailable
+from heads_lightning.losses import linear_cross_entropy, unavailable
 from heads_lightning.losses.auto import choose
 from heads_lightning.onednn import is_faster
 from heads_lightning.onednn import product as onednn_product
@@ -244,30 +244,18 @@ PARTS = {
 """Operators whose own time is a part of a step; what no part holds is `rest`: small operators and Python."""
 
 
-def fresh(w: Tensor) -> None:
-    """Memory for dW, touched."""
-    pages.empty(*w.shape, dtype=w.dtype, device=w.device).zero_()
-
-
-def small(w: Tensor) -> None:
-    """The same in PyTorch's own memory."""
-    torch.empty_like(w).zero_()
-
-
 def split(options: argparse.Namespace) -> dict[str, Any]:
-    """Where a step of `chunked` spends its time, in shares of the limit. `pages of dW` lie within the products, which touch them first;
-    `in small pages` is what they would take in PyTorch's own memory."""
+    """Where a step of `chunked` spends its time, in shares of the limit. `pages of dW` lie within the products, which touch them first."""
     result: dict[str, Any] = {}
     print(f"parts of chunked ÷ limit, threads {options.threads}")
     for shape, dtype, labelled in cells(options):
         x, w, labels = make(SHAPES[shape], getattr(torch, dtype), labelled)
         limits = products(x, w, int((labels != -100).sum()))
         loss = losses(x, w, labels, ["chunked"])["chunked"]
-        measured = {"chunked": partial(step, loss, x, w), "pages of dW": partial(fresh, w), "in small pages": partial(small, w)}
-        runs = {**limits, **{name: (run, 1.0) for name, run in measured.items()}}
+        runs = {**limits, "chunked": (partial(step, loss, x, w), 1.0), "pages of dW": (lambda w=w: torch.empty_like(w).zero_(), 1.0)}
         taken = rounds(runs, options.rounds, options.threads, options.seconds)
         limit = min(limits, key=lambda k: statistics.median(taken[k]))
-        found = {name: ratio(taken[name], taken[limit]) for name in measured}
+        found = {name: ratio(taken[name], taken[limit]) for name in ("chunked", "pages of dW")}
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             repeat(loss, x, w)
         own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}

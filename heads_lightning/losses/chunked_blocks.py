@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from heads_lightning.losses import chunked_kernels, pages
+from heads_lightning.losses import chunked_kernels
 from heads_lightning.losses.chunked_kernels import Gradients, RowStats, RowTerms, Spec, empty_stats
 
 BLOCK_COLUMNS = 2048
@@ -175,8 +175,8 @@ def _empty_gradients(hidden_ND: Tensor, spec: Spec, acc: torch.dtype) -> Gradien
     rows, width = hidden_ND.shape
     dtype = spec.dtype if rows <= FEW_CHUNKS * spec.rows else acc
     return Gradients(
-        pages.empty(rows, width, dtype=spec.dtype, device=hidden_ND.device) if spec.need_dx else None,
-        pages.empty(spec.classes, width, dtype=dtype, device=hidden_ND.device) if spec.need_dw else None,
+        torch.empty_like(hidden_ND) if spec.need_dx else None,
+        hidden_ND.new_empty(spec.classes, width, dtype=dtype) if spec.need_dw else None,
         hidden_ND.new_zeros(spec.classes, dtype=acc) if spec.need_db else None,
     )
 

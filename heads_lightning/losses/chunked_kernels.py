@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from heads_lightning.losses import pages
 from heads_lightning.losses.base import VocabShard
 
 CACHED_BYTES = 4 << 20
@@ -154,7 +153,7 @@ def dense(
     low = spec.dtype != acc
     columns = spec.classes
     stats = empty_stats(rows, acc, hidden_ND.device, terms, spec)
-    dx_ND = pages.empty(*hidden_ND.shape, dtype=hidden_ND.dtype, device=hidden_ND.device) if spec.need_dx else None
+    dx_ND = torch.empty_like(hidden_ND) if spec.need_dx else None
     weight_grad = WeightGradient(columns, width, spec, acc, hidden_ND.device, single=rows <= spec.rows)
     db_V = torch.zeros(columns, dtype=acc, device=hidden_ND.device) if spec.need_db else None
     logits_CV = torch.empty(min(spec.rows, rows), columns, dtype=spec.dtype, device=hidden_ND.device)
@@ -262,7 +261,7 @@ class WeightGradient:
         self.empty = True
         self.total: Tensor | None = None
         if spec.need_dw:
-            self.total = pages.empty(columns, width, dtype=spec.dtype if single else acc, device=device)
+            self.total = torch.empty(columns, width, dtype=spec.dtype if single else acc, device=device)
 
     def add(self, gradient_CV: Tensor, x_CD: Tensor) -> None:
         """Add gradient.T @ x."""
