@@ -21,7 +21,7 @@ RUNS = {
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
     "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
     "sweep": "sweep --rounds 9",
-    "split": "split --labelled 1.0,0.15",
+    "split": "split",
 }
 """Files of results/, and what fills them: two threads, 5 rounds."""
 QUICK = ["--shapes", "C", "--rounds", "1"]
