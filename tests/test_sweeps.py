@@ -269,8 +269,8 @@ def test_the_comparison_ranks_and_draws(failing: tuple) -> None:
 @pytest.mark.parametrize(
     ("metric", "varied", "told"),
     [
-        ("val/loss", ("objective=fim", "objective=causal"), "objective decides"),
-        ("train/loss", ("objective.rate=0", "objective.rate=1"), "objective.rate decides"),
+        ("val/loss", ("objective=fim", "objective=causal"), "depends on objective."),
+        ("train/loss", ("objective.rate=0", "objective.rate=1"), "depends on objective.rate."),
         ("val/loss", ("optimizer.learning_rate=1", "optimizer.learning_rate=2"), ""),
         ("val/loss", ("data.cache_dir=a", "data.cache_dir=b"), ""),
         ("val/loss", ("objective=fim", "objective=fim"), ""),

@@ -102,9 +102,9 @@ class _Problem(NamedTuple):
     low: _LowRoom | None
 
     @property
-    def sums_early(self) -> bool:
-        """Whether dX is summed while a block is in cache. In fp32 its scaling from block to block costs more than that saves."""
-        return self.low is not None and self.spec.need_dx
+    def early(self) -> _LowRoom | None:
+        """Where dX is summed while a block is in cache. In fp32 its scaling from block to block costs more than that saves: None."""
+        return self.low if self.spec.need_dx else None
 
     def block(self, columns: slice, rows: int) -> Tensor:
         """[rows, columns] of the memory."""
@@ -192,10 +192,10 @@ def _normalise_blocks(problem: _Problem, chunk: _Chunk) -> tuple[_Normalised, Te
         lse_of_block, *others = _soft_max(problem, logits, block, columns, label_C.unsqueeze(1))
         del logits
         found.append((lse_of_block, *others))
-        if problem.low is not None and problem.sums_early:
+        if problem.early is not None:
             own = (label_C == chunk.labels_C - columns.start).nonzero().squeeze(1)
             block[own, label_C[own]] = 0
-            _add_to_sum(problem.low, block, weight_BD, torch.stack((lse_C, lse_of_block)), first=columns.start == 0)
+            _add_to_sum(problem.early, block, weight_BD, torch.stack((lse_C, lse_of_block)), first=columns.start == 0)
         lse_C = torch.logaddexp(lse_C, lse_of_block)
     return _Normalised(*(None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True))), lse_C  # pyright: ignore[reportArgumentType]
 
@@ -257,9 +257,9 @@ def _multiply_out(problem: _Problem, chunk: _Chunk, normalised: _Normalised, lse
     factor_C = normalised.of_label(factor_BC, labels_C, problem.columns)
     label_C = normalised.of_label(normalised.label_BC, labels_C, problem.columns)
     dx_CD = None if gradients.dx_ND is None else gradients.dx_ND[part]
-    if dx_CD is not None and low is not None:
-        own_CD = low.scaled_CD.copy_(torch.index_select(problem.weight_VD, 0, labels_C, out=low.product_CD))
-        dx_CD.copy_(low.sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1)))
+    if dx_CD is not None and (early := problem.early) is not None:
+        own_CD = early.scaled_CD.copy_(torch.index_select(problem.weight_VD, 0, labels_C, out=early.product_CD))
+        dx_CD.copy_(early.sum_CD.mul_(softmax_C.unsqueeze(1)).addcmul_(own_CD, (label_C * factor_C - hot_C).unsqueeze(1)))
         dx_CD = None
     late = gradients._replace(dx_ND=None if dx_CD is None else dx_CD.zero_())
     if all(gradient is None for gradient in late):

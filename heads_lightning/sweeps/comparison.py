@@ -62,7 +62,7 @@ class Comparison(NamedTuple):
         if not apart or not self.metric.startswith(("train/loss", "val/loss")):
             return ""
         return (
-            f"{self.metric} is no common measure here: {' and '.join(apart)} decides what is predicted. One protocol for all: "
+            f"{self.metric} is no common measure here: what is predicted depends on {' and '.join(apart)}. One protocol for all: "
             f"sweep.metric=eval/left_to_right_bits_per_byte (or another eval/… that every cell has), or heads-lightning compare RUN RUN …"
         )
 
