@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heads_lightning import onednn
-from heads_lightning.losses import chunked, chunked_blocks, linear_cross_entropy
+from heads_lightning.losses import chunked, kept, linear_cross_entropy
 from heads_lightning.losses.memory import loss_memory_bytes
 from heads_lightning.testing.memory import PeakMemory
 
@@ -25,13 +25,13 @@ def measure(implementation: str, n: int, d: int, v: int, dtype: torch.dtype, mas
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", ["default", "chunked", "auto"])
 @pytest.mark.parametrize("workspace", [4 << 20, 1 << 20])
-@pytest.mark.parametrize(("n", "d", "v"), [(512, 64, 8192), (192, 256, 6144)])
+@pytest.mark.parametrize(("n", "d", "v"), [(512, 64, 8192), (192, 256, 6144), (2048, 64, 8192)])
 def test_the_estimate_is_within_a_tenth(
     implementation: str, dtype: torch.dtype, n: int, d: int, v: int, workspace: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(chunked, "MIN_BLOCKED_ROWS", 256)
-    monkeypatch.setattr(chunked_blocks, "_kept", [])
+    monkeypatch.setattr(kept, "_room", [])
+    monkeypatch.setattr(kept, "_returned", {})
     for module in ("chunked_kernels", "memory"):
         monkeypatch.setattr(f"heads_lightning.losses.{module}.CACHED_BYTES", 1 << 18)
     got = measure(implementation, n, d, v, dtype)

@@ -2,7 +2,7 @@
 
 Works on any device and with any type, with every feature, natively; three matrix products in all, four for losses per token (which are
 recomputed in the backward pass, since the gradient of each is unknown before). The loss is fp32, and so are sums over chunks (of a few
-chunks of bf16 on a CPU the products themselves add dW up, in fp32 within each: chunked_blocks.FEW_CHUNKS). The gradients are handed over
+chunks of bf16 on a CPU the products themselves add dW up, in fp32 within each: chunked_kernels.FEW_CHUNKS). The gradients are handed over
 once: a second backward pass is refused in words, as is a second derivative; `default` does both.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from heads_lightning import onednn
-from heads_lightning.losses import chunked_blocks
+from heads_lightning.losses import chunked_blocks, kept
 from heads_lightning.losses import chunked_kernels as kernels
 from heads_lightning.losses.base import Feature, LossOptions, LossSum, Projection, loss_dtype, mask_ignored, matmul_dtype
 from heads_lightning.losses.chunked_blocks import Matmul, blocked
@@ -31,8 +31,8 @@ WORKSPACE_BYTES = 32 << 20
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
 """More rows in a chunk gain nothing on a CPU."""
-MIN_BLOCKED_ROWS = 512
-"""Fewer rows of bf16 take no longer all columns at a time: their products are short, and blocks cost a few small operators each."""
+CASTS = (Tensor.to, kept.cast, Tensor.to)
+"""Of the gradients of hidden states, weight and bias."""
 PROBE_FLOP = 2**27
 """Below this size of one matrix product it is not worth finding out which library is faster."""
 
@@ -99,14 +99,18 @@ def _differentiable_weights(
 
 
 def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: str) -> int:
-    """Rows of a chunk: what the workspace holds, in chunks of equal size; all rows when that costs no more than summing dW over chunks."""
-    workspace = WORKSPACE_BYTES if device == "cpu" else WORKSPACE_BYTES_ACCELERATOR
-    accumulator = 4 * classes * width if dtype.itemsize == 2 else 0
-    if accumulator and device == "cpu":  # every chunk passes over it, and beside it a larger one is small
-        workspace *= 2
+    """Rows of a chunk: what the workspace holds, in chunks of equal size; more, when that costs less than an fp32 dW that sums chunks."""
+    workspace, most = (WORKSPACE_BYTES, MAX_ROWS) if device == "cpu" else (WORKSPACE_BYTES_ACCELERATOR, rows)
+    accumulator = 0
+    if dtype.itemsize == 2:
+        accumulator, most = 4 * classes * width, rows
+        workspace *= 2 if device == "cpu" else 1  # every chunk passes over dW, and beside it a larger one is small
     size = max(1, classes) * dtype.itemsize
-    fits = max(16, min(workspace // size, MAX_ROWS if device == "cpu" else rows))
-    if rows <= fits or rows * size <= workspace + accumulator:
+    fits = max(16, min(workspace // size, most))
+    without_sum = math.ceil(rows / kernels.direct_chunks(dtype, device))
+    if without_sum * size <= workspace + accumulator:
+        fits = max(fits, without_sum)
+    if rows <= fits:
         return max(1, rows)
     even = math.ceil(rows / math.ceil(rows / fits))
     return min(rows, math.ceil(even / 16) * 16)
@@ -117,11 +121,12 @@ def compute(operands: Operands, spec: Spec) -> tuple[RowStats, Gradients]:
     hidden_ND, weight_VD, bias_V, labels_N, weights_N, class_weights_V, _ = operands
     rows, width = hidden_ND.shape
     classes = spec.classes if spec.shard is None else spec.shard.total  # ranks must agree on the chunks that they exchange numbers of
-    spec = spec._replace(rows=chunk_rows(rows, classes, width, spec.dtype, hidden_ND.device.type))
+    chunk = chunk_rows(rows, classes, width, spec.dtype, hidden_ND.device.type)
+    spec = spec._replace(rows=chunk, padding=weight_VD.shape[0] - spec.classes)
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         acc = loss_dtype(spec.dtype)
         terms = kernels.row_terms(labels_N, weights_N, class_weights_V, spec, acc)
-        x_ND, w_VD = hidden_ND.to(spec.dtype), weight_VD[: spec.classes].to(spec.dtype)
+        x_ND, w_VD = hidden_ND.to(spec.dtype), kept.cast(weight_VD[: spec.classes], spec.dtype)
         b_V = None if bias_V is None else bias_V[: spec.classes].to(acc)
         product = _block_matmul(x_ND, w_VD, spec)
         if spec.shard is not None:
@@ -136,12 +141,12 @@ def compute(operands: Operands, spec: Spec) -> tuple[RowStats, Gradients]:
 def _like_operands(gradients: Gradients, operands: Operands, *, keep_accumulator: bool) -> list[Tensor | None]:
     """Gradients in the types of what they belong to, rows of padding zero."""
     result: list[Tensor | None] = []
-    for gradient, operand in zip(gradients, operands[:3], strict=True):
+    for gradient, operand, cast in zip(gradients, operands[:3], CASTS, strict=True):
         if gradient is None or operand is None:
             result.append(None)
             continue
         if not keep_accumulator:
-            gradient = gradient.to(operand.dtype)
+            gradient = cast(gradient, operand.dtype)
         missing = operand.shape[0] - gradient.shape[0]
         result.append(torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])]) if missing else gradient)
     return result
@@ -206,10 +211,10 @@ def _scaled(gradients: Gradients, grad: Tensor, scale: float, dtypes: list[torch
     as_expected = known and abs(float(grad) / scale - 1) < 2**-23  # one rounding of fp32
     factor = None if as_expected else grad / scale
     result: list[Tensor | None] = []
-    for gradient, dtype in zip(gradients, dtypes, strict=True):
+    for gradient, dtype, cast in zip(gradients, dtypes, CASTS, strict=True):
         if gradient is not None and factor is not None:
             gradient = gradient.mul_(factor)
-        result.append(gradient if gradient is None or dtype is None else gradient.to(dtype))
+        result.append(gradient if gradient is None or dtype is None else cast(gradient, dtype))
     return result
 
 
@@ -238,11 +243,8 @@ class _PerToken(torch.autograd.Function):
 
 def _block_matmul(hidden_ND: Tensor, weight_VD: Tensor, spec: Spec) -> Matmul | None:
     """The product for the blocked kernel, where that kernel is the better one; else None."""
-    if hidden_ND.device.type != "cpu" or spec.softcap is not None or spec.classes <= chunked_blocks.block_columns(spec.dtype):
+    if hidden_ND.device.type != "cpu" or spec.softcap is not None or spec.classes <= chunked_blocks.BLOCK_COLUMNS:
         return None
-    if spec.dtype == torch.bfloat16:
-        few = hidden_ND.shape[0] < MIN_BLOCKED_ROWS
-        return None if few or spec.label_smoothing else onednn.torch_product  # smoothing is subtracted before anything is rounded
     if spec.dtype not in (torch.float32, torch.float64):
         return None
     if spec.dtype == torch.float32 and weight_VD.is_contiguous() and 2 * hidden_ND.shape[0] * weight_VD.numel() >= PROBE_FLOP:

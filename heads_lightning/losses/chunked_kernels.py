@@ -1,7 +1,7 @@
 """The arithmetic of `chunked`: loss and gradients of a linear cross-entropy in one sweep over chunks of rows, three matrix products in all.
 
 This kernel runs on any device with any type: a chunk of logits is formed, turned into its own gradient a few cached rows at a time (fp32
-maths, rounded once), and multiplied out. chunked_blocks.py holds a faster one for CPUs, vocab_parallel.py one for shards.
+maths, rounded once), and multiplied out. chunked_blocks.py holds a faster one for fp32 on CPUs, vocab_parallel.py one for shards.
 
 With row weight w, class weight c_y and smoothing ε (losses/base.py), the gradient of row i with respect to its logits is
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from heads_lightning.losses import kept
 from heads_lightning.losses.base import VocabShard
 
 CACHED_BYTES = 4 << 20
@@ -23,6 +24,9 @@ ACCELERATOR_CACHED_BYTES = 256 << 20
 """The same elsewhere, where only the number of calls counts."""
 UNDERFLOW = 1e-30
 """Below this a probability is no longer exact enough, or is zero, for its logarithm."""
+FEW_CHUNKS = 4
+"""Up to so many chunks, dW in low precision is as exact when it is added up in it by the products themselves, which round their sum once,
+as when products rounded to it are added up in fp32. (bf16, error at 4 chunks 3.6e-3 and 3.5e-3, at 16 chunks 5.4e-3 and 3.5e-3.)"""
 MIN_COLUMNS = 2048
 """Fewer vocabulary entries at a time make the products of the weight's gradient inefficient."""
 
@@ -48,7 +52,9 @@ class Spec(NamedTuple):
     all_classes: int = 0
     """Classes of the whole vocabulary; 0 where there is no shard."""
     rows: int = 0
-    """Rows of a chunk; set when the shape is known."""
+    """Rows of a chunk; set when the shape is known, like `padding`."""
+    padding: int = 0
+    """Rows of the weight at the end that are no classes."""
 
     @property
     def need_grad(self) -> bool:
@@ -154,26 +160,26 @@ def dense(
     columns = spec.classes
     stats = empty_stats(rows, acc, hidden_ND.device, terms, spec)
     dx_ND = torch.empty_like(hidden_ND) if spec.need_dx else None
-    weight_grad = WeightGradient(columns, width, spec, acc, hidden_ND.device, single=rows <= spec.rows)
+    weight_grad = WeightGradient(rows, width, spec, acc, hidden_ND.device)
     db_V = torch.zeros(columns, dtype=acc, device=hidden_ND.device) if spec.need_db else None
-    logits_CV = torch.empty(min(spec.rows, rows), columns, dtype=spec.dtype, device=hidden_ND.device)
     cached_bytes = CACHED_BYTES if hidden_ND.device.type == "cpu" else ACCELERATOR_CACHED_BYTES
     step = max(1, min(spec.rows, rows, cached_bytes // (columns * acc.itemsize)))
-    scratch = torch.empty(step, columns, dtype=acc, device=hidden_ND.device) if low else None
-    for start in range(0, rows, spec.rows):
-        stop = min(start + spec.rows, rows)
-        x_CD, chunk_CV = hidden_ND[start:stop], logits_CV[: stop - start]
-        torch.mm(x_CD, weight_VD.t(), out=chunk_CV)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            piece = chunk_CV[first - start : last - start]
-            values = piece if scratch is None else scratch[: last - first].copy_(piece)
-            _logits_to_gradient(values, piece, bias_V, labels_N[first:last], terms.rows(first, last), spec, stats, first, last)
-        if dx_ND is not None:
-            torch.mm(chunk_CV, weight_VD, out=dx_ND[start:stop])
-        weight_grad.add(chunk_CV, x_CD)
-        if db_V is not None:
-            db_V.add_(chunk_CV.sum(0, dtype=acc))
+    chunk, scratch = (min(spec.rows, rows), columns), (step if low else 0, columns)
+    with kept.room([(chunk, spec.dtype), (scratch, acc)], hidden_ND.device) as (logits_CV, scratch_CV):
+        for start in range(0, rows, spec.rows):
+            stop = min(start + spec.rows, rows)
+            x_CD, chunk_CV = hidden_ND[start:stop], logits_CV[: stop - start]
+            torch.mm(x_CD, weight_VD.t(), out=chunk_CV)
+            for first in range(start, stop, step):
+                last = min(first + step, stop)
+                piece = chunk_CV[first - start : last - start]
+                values = scratch_CV[: last - first].copy_(piece) if low else piece
+                _logits_to_gradient(values, piece, bias_V, labels_N[first:last], terms.rows(first, last), spec, stats, first, last)
+            if dx_ND is not None:
+                torch.mm(chunk_CV, weight_VD, out=dx_ND[start:stop])
+            weight_grad.add(chunk_CV, x_CD)
+            if db_V is not None:
+                db_V.add_(chunk_CV.sum(0, dtype=acc))
     return stats, Gradients(dx_ND, weight_grad.result(), db_V)
 
 
@@ -215,10 +221,6 @@ def _logits_to_gradient(
         return
     factor = terms.softmax_factor(lse, spec.z_loss_multiplier)
     hot = of_label * factor - terms.weight_N * terms.hot_N
-    if not terms.spread and slope is None:  # one pass: scale and round
-        torch.mul(values, factor.unsqueeze(1), out=out)
-        out[torch.arange(len(labels), device=out.device), labels] = hot.to(out.dtype)  # scatter_ copies all of a bf16 tensor
-        return
     values.mul_(factor.unsqueeze(1)).scatter_(1, label, hot.unsqueeze(1))
     if terms.spread:
         spread = (terms.weight_N * terms.spread).unsqueeze(1)
@@ -252,25 +254,40 @@ def soft_max(
     return lse, target, of_label
 
 
-class WeightGradient:
-    """dW summed over chunks: in the accumulation type, except that a single chunk needs no sum and stays in the type of the product."""
+def empty_weight_gradient(spec: Spec, width: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[V + padding, D], where it is needed: undefined but for the padding, which is 0."""
+    if not spec.need_dw:
+        return None
+    dw_VD = kept.empty(spec.classes + spec.padding, width, dtype=dtype, device=device)
+    dw_VD[spec.classes :].zero_()
+    return dw_VD
 
-    def __init__(self, columns: int, width: int, spec: Spec, acc: torch.dtype, device: torch.device, *, single: bool) -> None:
-        self.low = spec.dtype != acc
-        self.single = single
+
+def direct_chunks(dtype: torch.dtype, device: str) -> int:
+    """Up to so many chunks, products of dW go straight to where their sum is wanted, in the type of the products."""
+    return FEW_CHUNKS if device == "cpu" and dtype == torch.bfloat16 else 1
+
+
+class WeightGradient:
+    """dW summed over chunks: in the accumulation type, or by the products in their own where they are few."""
+
+    def __init__(self, rows: int, width: int, spec: Spec, acc: torch.dtype, device: torch.device) -> None:
+        few = rows <= spec.rows * direct_chunks(spec.dtype, device.type)
+        dtype = spec.dtype if few else acc
+        self.direct = dtype == spec.dtype
         self.empty = True
-        self.total: Tensor | None = None
-        if spec.need_dw:
-            self.total = torch.empty(columns, width, dtype=spec.dtype if single else acc, device=device)
+        self.padded = empty_weight_gradient(spec, width, dtype, device)
+        self.total = None if self.padded is None else self.padded[: spec.classes]
 
     def add(self, gradient_CV: Tensor, x_CD: Tensor) -> None:
         """Add gradient.T @ x."""
         if self.total is None or self.total.numel() == 0:
             return
-        if self.single or (self.empty and not self.low):
-            torch.mm(gradient_CV.t(), x_CD, out=self.total)
-        elif not self.low:
-            torch.addmm(self.total, gradient_CV.t(), x_CD, out=self.total)
+        if self.direct:
+            if self.empty:
+                torch.mm(gradient_CV.t(), x_CD, out=self.total)
+            else:
+                torch.addmm(self.total, gradient_CV.t(), x_CD, out=self.total)
         elif self.total.device.type == "cuda":  # the product's own fp32 accumulator is added, never rounded
             if self.empty:
                 self.total.zero_()
@@ -290,4 +307,4 @@ class WeightGradient:
         """dW, or None when it is not needed."""
         if self.total is not None and self.empty:
             self.total.zero_()
-        return self.total
+        return self.padded

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from heads_lightning.configs.head import LMLossImplementation
-from heads_lightning.losses import chunked
+from heads_lightning.losses import chunked, chunked_blocks, kept
 from heads_lightning.losses.auto import choose
 from heads_lightning.losses.base import loss_dtype
-from heads_lightning.losses.chunked_blocks import FEW_CHUNKS, block_columns
-from heads_lightning.losses.chunked_kernels import ACCELERATOR_CACHED_BYTES, CACHED_BYTES
+from heads_lightning.losses.chunked_kernels import ACCELERATOR_CACHED_BYTES, CACHED_BYTES, direct_chunks
 
 
 def loss_memory_bytes(
@@ -43,30 +42,23 @@ def _default(n: int, d: int, v: int, dtype: torch.dtype) -> int:
 def _chunked(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> int:
     """A chunk of logits, the gradients, and what is made in passing."""
     rows = chunked.chunk_rows(n, v, d, dtype, device)
-    blocked = device == "cpu" and dtype != torch.float16 and v > block_columns(dtype)
-    blocked &= dtype != torch.bfloat16 or n >= chunked.MIN_BLOCKED_ROWS
-    return (_blocked if blocked else _dense)(n, d, v, dtype, device, rows)
+    blocked = device == "cpu" and dtype.itemsize > 2 and v > chunked_blocks.BLOCK_COLUMNS
+    return _blocked(n, d, v, dtype.itemsize, rows) if blocked else _dense(n, d, v, dtype, device, rows)
 
 
-def _blocked(n: int, d: int, v: int, dtype: torch.dtype, device: str, rows: int) -> int:
+def _blocked(n: int, d: int, v: int, size: int, rows: int) -> int:
     """chunked_blocks.blocked: a block of the vocabulary at a time beside the chunk's memory."""
-    size, maths, columns = dtype.itemsize, loss_dtype(dtype).itemsize, block_columns(dtype)
-    kept = size * rows * (v + d)
-    if size == maths:
-        return kept + size * (n * d + v * d + max(rows, d) * columns)
-    kept += CACHED_BYTES + (3 * maths + size) * rows * d
-    rounded_in_the_end = n > FEW_CHUNKS * rows
-    return kept + size * n * d + v * d * (size + maths if rounded_in_the_end else size)
+    return size * (rows * (v + d) + n * d + v * d + max(rows, d) * chunked_blocks.BLOCK_COLUMNS)
 
 
 def _dense(n: int, d: int, v: int, dtype: torch.dtype, device: str, rows: int) -> int:
-    """chunked_kernels.dense: in low precision, the gradient of the weight is summed in fp32 and rounded in the end."""
+    """chunked_kernels.dense: in low precision, the gradient of the weight may be summed in fp32 and rounded in the end."""
     size, maths = dtype.itemsize, loss_dtype(dtype).itemsize
-    logits, gradients = rows * v * size, n * d * size
-    if size == maths:
-        return logits + gradients + v * d * size
-    scratch = CACHED_BYTES if device == "cpu" else ACCELERATOR_CACHED_BYTES
-    scratch = min(scratch, rows * v * maths)
-    if rows >= n:
-        return logits + gradients + max(scratch, v * d * size)
-    return gradients + v * d * maths + max(logits + scratch, v * d * size)
+    scratch = 0
+    if size != maths:
+        scratch = min(rows * v * maths, CACHED_BYTES if device == "cpu" else ACCELERATOR_CACHED_BYTES)
+    room, gradients, dw = rows * v * size + scratch, n * d * size, v * d * size
+    if n <= rows * direct_chunks(dtype, device):
+        return room + gradients + dw
+    is_kept = device == "cpu" and room <= kept.ROOM_BYTES
+    return gradients + v * d * maths + (room + dw if is_kept else max(room, dw))

@@ -88,7 +88,7 @@ def sharded(
     acc = terms.weight_N.dtype
     stats = empty_stats(rows, acc, hidden_ND.device, terms, spec)
     dx_ND = torch.zeros_like(hidden_ND) if spec.need_dx else None
-    weight_grad = WeightGradient(columns, hidden_ND.shape[1], spec, acc, hidden_ND.device, single=rows <= spec.rows)
+    weight_grad = WeightGradient(rows, hidden_ND.shape[1], spec, acc, hidden_ND.device)
     db_V = torch.zeros(columns, dtype=acc, device=hidden_ND.device) if spec.need_db else None
     logits_CV = torch.empty(min(spec.rows, rows), columns, dtype=spec.dtype, device=hidden_ND.device)
     for start in range(0, rows, spec.rows):
