@@ -1,6 +1,6 @@
 """Time and memory of the loss implementations: forward and backward, against the three matrix products that cannot be avoided.
 
-    python experiments/benchmarks/loss.py time   [--shapes A,B,C] [--dtypes float32,bfloat16] [--labelled 1.0,0.15] [--threads 2]
+    python experiments/benchmarks/loss.py time   [--shapes A,B,C] [--dtypes float32,bfloat16,mixed] [--labelled 1.0,0.15] [--threads 2]
     python experiments/benchmarks/loss.py memory [--shapes A]
     python experiments/benchmarks/loss.py sweep                     # small shapes: is chunked ever slower than default?
     python experiments/benchmarks/loss.py split                     # where the time of chunked goes, in shares of the limit
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from heads_lightning.losses import linear_cross_entropy, unavailable
+from heads_lightning.losses import kept, linear_cross_entropy, unavailable
 from heads_lightning.losses.auto import choose
 from heads_lightning.onednn import is_faster
 from heads_lightning.onednn import product as onednn_product
@@ -83,13 +83,13 @@ def repeat(loss: Callable[[], Tensor], *leaves: Tensor) -> None:
 
 def products(x: Tensor, w: Tensor, rows: int) -> dict[str, tuple[Step, float]]:
     """The three products alone, by library, in the sizes that suit it; with the share of `rows` that the sizes cover."""
-    block, columns = min(rows, 512), 2048
+    block = min(rows, 512)
     x, w = x.detach()[:block].contiguous(), w.detach()
     classes = w.shape[0]
     g = torch.randn(block, classes).to(x)
     dx, dw = torch.empty_like(x), torch.empty_like(w)
-    g_block = torch.randn(block, columns).to(x)
     chunks = -(-rows // block)
+    share = rows / (chunks * block)
 
     def whole() -> None:
         for _ in range(chunks):
@@ -97,7 +97,9 @@ def products(x: Tensor, w: Tensor, rows: int) -> dict[str, tuple[Step, float]]:
             torch.mm(g, w, out=dx)
             torch.mm(g.t(), x, out=dw)
 
-    def blocks(product: Callable[[Tensor, Tensor], Tensor]) -> Step:
+    def blocks(product: Callable[[Tensor, Tensor], Tensor], columns: int) -> tuple[Step, float]:
+        g_block = torch.randn(block, columns).to(x)
+
         def run() -> None:
             for _ in range(chunks):
                 for k in range(0, classes - columns + 1, columns):
@@ -105,15 +107,14 @@ def products(x: Tensor, w: Tensor, rows: int) -> dict[str, tuple[Step, float]]:
                     product(g_block, w[k : k + columns].t())
                     product(g_block.t(), x.t())
 
-        return run
+        return run, share * classes / (classes // columns * columns)
 
-    share = rows / (chunks * block)
-    in_blocks = share * classes / (classes // columns * columns) if classes >= columns else share
     result: dict[str, tuple[Step, float]] = {"mm": (whole, share)}
-    if classes >= columns:
-        result["mm in blocks"] = (blocks(lambda a, b: torch.mm(a, b.t())), in_blocks)
-        if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            result["oneDNN in blocks"] = (blocks(onednn_product), in_blocks)
+    for columns in (1024, 2048):
+        if classes >= columns:
+            result[f"mm in blocks of {columns}"] = blocks(lambda a, b: torch.mm(a, b.t()), columns)
+            if x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+                result[f"oneDNN in blocks of {columns}"] = blocks(onednn_product, columns)
     return result
 
 
@@ -140,11 +141,19 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
-def time_shape(name: str, dtype: torch.dtype, labelled: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One line per implementation for one shape."""
-    x, w, labels = make(SHAPES[name], dtype, labelled)
+def time_shape(name: str, dtype: str, labelled: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One line per implementation for one shape; `mixed` is bf16 with weights of fp32, under autocast."""
+    mixed = dtype == "mixed"
+    x, w, labels = make(SHAPES[name], torch.bfloat16 if mixed else getattr(torch, dtype), labelled)
     limits = products(x, w, int((labels != -100).sum()))
-    contenders = {k: (partial(step, f, x, w), 1.0) for k, f in losses(x, w, labels, options.implementations.split(",")).items()}
+    if mixed:
+        w = w.detach().float().requires_grad_()
+
+    def run(loss: Callable[[], Tensor]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            step(loss, x, w)
+
+    contenders = {k: (partial(run, f), 1.0) for k, f in losses(x, w, labels, options.implementations.split(",")).items()}
     taken = rounds({**limits, **contenders}, options.rounds, options.threads, options.seconds)
     best = min(limits, key=lambda k: statistics.median(taken[k]))
     rows = int((labels != -100).sum())
@@ -245,17 +254,23 @@ PARTS = {
 
 
 def split(options: argparse.Namespace) -> dict[str, Any]:
-    """Where a step of `chunked` spends its time, in shares of the limit. `pages of dW` lie within the products, which touch them first."""
+    """Where a step of `chunked` spends its time, in shares of the limit. `fresh dW`: its time when no gradient's memory is kept."""
     result: dict[str, Any] = {}
     print(f"parts of chunked ÷ limit, threads {options.threads}")
     for shape, dtype, labelled in cells(options):
         x, w, labels = make(SHAPES[shape], getattr(torch, dtype), labelled)
         limits = products(x, w, int((labels != -100).sum()))
         loss = losses(x, w, labels, ["chunked"])["chunked"]
-        runs = {**limits, "chunked": (partial(step, loss, x, w), 1.0), "pages of dW": (lambda w=w: torch.empty_like(w).zero_(), 1.0)}
+
+        def fresh(loss: Callable[[], Tensor] = loss, x: Tensor = x, w: Tensor = w) -> None:
+            keeps_from, kept.LEAST_BYTES = kept.LEAST_BYTES, sys.maxsize
+            step(loss, x, w)
+            kept.LEAST_BYTES = keeps_from
+
+        runs = {**limits, "chunked": (partial(step, loss, x, w), 1.0), "fresh dW": (fresh, 1.0)}
         taken = rounds(runs, options.rounds, options.threads, options.seconds)
         limit = min(limits, key=lambda k: statistics.median(taken[k]))
-        found = {name: ratio(taken[name], taken[limit]) for name in ("chunked", "pages of dW")}
+        found = {name: ratio(taken[name], taken[limit]) for name in ("chunked", "fresh dW")}
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             repeat(loss, x, w)
         own = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
@@ -347,7 +362,7 @@ def main() -> None:
         return
     results: dict[str, Any]
     if options.what == "time":
-        results = {f"{s} {d} {share}": time_shape(s, getattr(torch, d), share, options) for s, d, share in cells(options)}
+        results = {f"{s} {d} {share}": time_shape(s, d, share, options) for s, d, share in cells(options)}
     else:
         results = {"memory": memory, "sweep": sweep, "split": split, "gpu": gpu}[options.what](options)
     if options.json:

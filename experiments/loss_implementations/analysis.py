@@ -106,18 +106,19 @@ def draw_sweep(axis: Axes, cells: dict[str, Any]) -> None:
 
 def main() -> None:
     """Write tables.md and the picture."""
-    times = {**results("time_float32"), **results("time_bfloat16"), **results("time_labelled")}
+    times = {cell: found for name in ("float32", "bfloat16", "mixed", "labelled") for cell, found in results(f"time_{name}").items()}
     about = read("time_float32")["about"]
     where = f"{about['processor']}, {about['threads']} threads, torch {about['torch']}."
     tables = [
         f"Written by measure.py on: {where}",
         "Forward and backward in milliseconds (÷ limit):",
         time_table(times),
+        "`mixed` is bf16 with weights of fp32, under autocast.",
         "Peak memory of one step beyond dX and dW, MiB:",
         memory_table({**results("memory"), **results("memory_labelled")}),
         "Small shapes, width 256, time ÷ `default`:",
         sweep_table(results("sweep")),
-        "Where `chunked` spends its time, ÷ limit (the pages of dW are faulted in within the products):",
+        "Where `chunked` spends its time, ÷ limit (`fresh dW`: all of its time where the memory of gradients is not kept):",
         split_table(results("split")),
     ]
     (HERE / "tables.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. About ten minutes on two idle cores.
+"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. About fifteen minutes on two idle cores.
 
     python experiments/loss_implementations/measure.py [--quick]
 
@@ -17,13 +17,14 @@ BENCHMARK = HERE.parent / "benchmarks" / "loss.py"
 RUNS = {
     "time_float32": "time --dtypes float32 --implementations naive,default,compile,chunked",
     "time_bfloat16": "time --dtypes bfloat16 --implementations naive,default,compile,chunked",
+    "time_mixed": "time --dtypes mixed --labelled 1.0,0.15 --implementations naive,default,chunked",
     "time_labelled": "time --labelled 0.15 --implementations naive,default,chunked",
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
     "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
-    "sweep": "sweep --rounds 9",
+    "sweep": "sweep",
     "split": "split",
 }
-"""Files of results/, and what fills them: two threads, 5 rounds."""
+"""Files of results/, and what fills them: two threads, 9 rounds, or as many as begin within a minute."""
 QUICK = ["--shapes", "C", "--rounds", "1"]
 
 
@@ -31,8 +32,7 @@ def main(quick: bool) -> None:
     """Run everything, one after the other."""
     for name, arguments in RUNS.items():
         kept = ["--json", str(HERE / "results" / f"{name}.json")]
-        limits = QUICK if quick else ([] if "--rounds" in arguments else ["--rounds", "5"])
-        subprocess.run([sys.executable, str(BENCHMARK), *arguments.split(), *limits, *kept], check=True)
+        subprocess.run([sys.executable, str(BENCHMARK), *arguments.split(), *(QUICK if quick else []), *kept], check=True)
     subprocess.run([sys.executable, str(HERE / "analysis.py")], check=True)
 
 
