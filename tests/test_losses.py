@@ -387,6 +387,14 @@ def test_bf16_weight_gradients_are_as_exact_over_chunks_as_in_one(few: int, monk
 
 
 @pytest.mark.usefixtures("small_chunks")
+def test_gradients_rounded_in_passing_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(torch.bfloat16, weights=True)
+    monkeypatch.setattr(chunked_kernels, "rounds_in_passing", lambda device: True)
+    want = reference(case, reduction="mean", z=1e-2, smoothing=0.0, softcap=None, upstream=None)
+    assert_same(run("chunked", case, z_loss_multiplier=1e-2), want, TOLERANCE[torch.bfloat16], "one pass", metrics=False)
+
+
+@pytest.mark.usefixtures("small_chunks")
 def test_a_confident_model_keeps_its_small_gradients() -> None:
     """softmax − one-hot cancels when the label is nearly certain; and a label in an improbable block must not overflow."""
     case = make_case(masked=0.0)

@@ -22,7 +22,7 @@ RUNS = {
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
     "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
     "sweep": "sweep",
-    "split": "split",
+    "split": "split --labelled 1.0,0.15",
 }
 """Files of results/, and what fills them: two threads, 9 rounds, or as many as begin within a minute."""
 QUICK = ["--shapes", "C", "--rounds", "1"]
