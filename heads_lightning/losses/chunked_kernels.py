@@ -236,7 +236,7 @@ def _logits_to_gradient(
 
 
 def rounds_in_passing(device: str) -> bool:
-    """Whether a product of fp32 that is stored in less is one pass. On a CPU it goes through fresh memory of its own: five times as long."""
+    """Whether a product of fp32 that is stored in less is one pass. On a CPU it goes through fresh memory of its own: much slower."""
     return device != "cpu"
 
 
