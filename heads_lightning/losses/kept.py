@@ -33,7 +33,7 @@ _returned: dict[int, list[Tensor]] = {}
 @contextmanager
 def room(shapes: list[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> Iterator[list[Tensor]]:
     """Uninitialised tensors for as long as the block lasts; sizes may differ from call to call."""
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.compiler.is_compiling():
         yield [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         return
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from heads_lightning.losses import kept
 from heads_lightning.losses.base import LossOptions, LossSum, Projection, VocabShard, loss_dtype, project
 from heads_lightning.losses.chunked_kernels import (
     CACHED_BYTES,
@@ -90,22 +91,22 @@ def sharded(
     dx_ND = torch.zeros_like(hidden_ND) if spec.need_dx else None
     weight_grad = WeightGradient(rows, hidden_ND.shape[1], spec, acc, hidden_ND.device)
     db_V = torch.zeros(columns, dtype=acc, device=hidden_ND.device) if spec.need_db else None
-    logits_CV = torch.empty(min(spec.rows, rows), columns, dtype=spec.dtype, device=hidden_ND.device)
-    for start in range(0, rows, spec.rows):
-        stop = min(start + spec.rows, rows)
-        x_CD, chunk_CV = hidden_ND[start:stop], logits_CV[: stop - start]
-        own = OwnLabels(labels_N[start:stop], spec.shard, columns)
-        if columns:
-            torch.mm(x_CD, weight_VD.t(), out=chunk_CV)
-        lse_C = _read_chunk(chunk_CV, bias_V, own, terms.rows(start, stop), spec, stats, start, stop)
-        if not spec.need_grad or not columns:
-            continue
-        _chunk_to_gradient(chunk_CV, bias_V, own, terms.rows(start, stop), spec, lse_C)
-        if dx_ND is not None:
-            torch.mm(chunk_CV, weight_VD, out=dx_ND[start:stop])
-        weight_grad.add(chunk_CV, x_CD)
-        if db_V is not None:
-            db_V.add_(chunk_CV.sum(0, dtype=acc))
+    with kept.room([((min(spec.rows, rows), columns), spec.dtype)], hidden_ND.device) as (logits_CV,):
+        for start in range(0, rows, spec.rows):
+            stop = min(start + spec.rows, rows)
+            x_CD, chunk_CV = hidden_ND[start:stop], logits_CV[: stop - start]
+            own = OwnLabels(labels_N[start:stop], spec.shard, columns)
+            if columns:
+                torch.mm(x_CD, weight_VD.t(), out=chunk_CV)
+            lse_C = _read_chunk(chunk_CV, bias_V, own, terms.rows(start, stop), spec, stats, start, stop)
+            if not spec.need_grad or not columns:
+                continue
+            _chunk_to_gradient(chunk_CV, bias_V, own, terms.rows(start, stop), spec, lse_C)
+            if dx_ND is not None:
+                torch.mm(chunk_CV, weight_VD, out=dx_ND[start:stop])
+            weight_grad.add(chunk_CV, x_CD)
+            if db_V is not None:
+                db_V.add_(chunk_CV.sum(0, dtype=acc))
     if dx_ND is not None:
         dist.all_reduce(dx_ND, group=spec.shard.group)
     return stats, Gradients(dx_ND, weight_grad.result(), db_V)
