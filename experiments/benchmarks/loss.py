@@ -19,6 +19,7 @@ import ctypes
 import gc
 import json
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -252,6 +253,15 @@ def sweep(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def faulted(run: Step) -> float:
+    """MiB of fresh pages that the system hands out during the third of three runs."""
+    for _ in range(2):
+        run()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20
+
+
 PARTS = {
     "products": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
     "soft-max": ("aten::_softmax", "aten::amax"),
@@ -284,6 +294,7 @@ def split(options: argparse.Namespace) -> dict[str, Any]:
         shares = {part: sum(own.get(name, 0.0) for name in names) / sum(own.values()) for part, names in PARTS.items()}
         found |= {part: share * found["chunked"] for part, share in shares.items()}
         found["rest"] = found["chunked"] * (1 - sum(shares.values()))
+        found["MiB faulted in"], found["with a fresh dW"] = faulted(partial(whole_step, loss, x, w)), faulted(fresh)
         result[f"{shape} {dtype} {labelled}"] = found
         print(f"  {shape} {dtype}   " + "   ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
     return result
