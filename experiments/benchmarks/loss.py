@@ -9,7 +9,7 @@
 Times: all implementations once per round, in one process, in turn; the median over rounds of each round's ratio, so that other work on the
 machine falls on all alike. With one thread CPU time is used, with more wall time. limit = three products of 2·N·d·V operations each (N:
 rows with a target) at the best rate that any library reaches here for that type. Memory: peak resident size of one step beyond dX and dW,
-each in a fresh process. `--json FILE` keeps the numbers.
+in fresh processes. `--json FILE` keeps the numbers.
 """
 
 from __future__ import annotations
@@ -206,29 +206,19 @@ def memory_child(name: str, shape: str, dtype: torch.dtype, labelled: float) -> 
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Peak of every implementation, each in its own process."""
+    """Peak of every implementation: the median of three processes."""
     result = {}
     for shape, dtype, labelled in cells(options):
         n, _, v = SHAPES[shape]
         print(f"\n{shape} {SHAPES[shape]} {dtype} labelled {labelled}; fp32 logits {n * v * 4 / 2**20:.0f} MiB; peak beyond dX and dW:")
         for name in options.implementations.split(","):
-            arguments = [
-                "--child",
-                name,
-                "--shapes",
-                shape,
-                "--dtypes",
-                dtype,
-                "--labelled",
-                str(labelled),
-                "--threads",
-                str(options.threads),
-            ]
-            run = subprocess.run([sys.executable, __file__, "memory", *arguments], capture_output=True, text=True, check=False)
-            if run.returncode:
-                print(f"  {name:14s} failed: {run.stderr.strip().splitlines()[-1]}")
+            arguments = ["--child", name, "--shapes", shape, "--dtypes", dtype, "--labelled", str(labelled)]
+            command = [sys.executable, __file__, "memory", *arguments, "--threads", str(options.threads)]
+            runs = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(3)]
+            if failed := [run for run in runs if run.returncode]:
+                print(f"  {name:14s} failed: {failed[0].stderr.strip().splitlines()[-1]}")
                 continue
-            mib = int(run.stdout.split()[-1]) / 2**20
+            mib = statistics.median(int(run.stdout.split()[-1]) / 2**20 for run in runs)
             result[f"{shape} {dtype} {labelled} {name}"] = mib
             print(f"  {name:14s} {mib:8.0f} MiB", flush=True)
     return result
@@ -296,7 +286,7 @@ def split(options: argparse.Namespace) -> dict[str, Any]:
         found["rest"] = found["chunked"] * (1 - sum(shares.values()))
         found["MiB faulted in"], found["with a fresh dW"] = faulted(partial(whole_step, loss, x, w)), faulted(fresh)
         result[f"{shape} {dtype} {labelled}"] = found
-        print(f"  {shape} {dtype}   " + "   ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
+        print(f"  {shape} {dtype} {labelled}   " + "   ".join(f"{name} {value:.2f}" for name, value in found.items()), flush=True)
     return result
 
 
@@ -369,7 +359,7 @@ def main() -> None:
     parser.add_argument("--implementations", default="default,chunked")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of a cell, at most")
+    parser.add_argument("--seconds", type=float, default=180.0, help="of a cell, after which no round begins")
     parser.add_argument("--json", default="")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. About fifteen minutes on two idle cores.
+"""The whole study in one command: times, memory, small shapes, then the tables and the pictures. Half an hour on two idle cores.
 
     python experiments/loss_implementations/measure.py [--quick]
 
@@ -18,13 +18,13 @@ RUNS = {
     "time_float32": "time --dtypes float32 --implementations naive,default,compile,chunked",
     "time_bfloat16": "time --dtypes bfloat16 --implementations naive,default,compile,chunked",
     "time_mixed": "time --dtypes mixed --labelled 1.0,0.15 --implementations naive,default,chunked",
-    "time_labelled": "time --labelled 0.15 --implementations naive,default,chunked --rounds 15 --seconds 25",
+    "time_labelled": "time --labelled 0.15 --implementations naive,default,chunked --rounds 15",
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
     "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
     "sweep": "sweep",
     "split": "split --labelled 1.0,0.15",
 }
-"""Files of results/, and what fills them: two threads, 9 rounds (15 of few labels), or as many as begin within --seconds."""
+"""Files of results/, and what fills them: two threads, 9 rounds (15 of few labels)."""
 QUICK = ["--shapes", "C", "--rounds", "1"]
 
 

@@ -26,8 +26,8 @@ from heads_lightning.losses.chunked_kernels import Gradients, Operands, RowStats
 from heads_lightning.losses.once import refuse_again
 
 FEATURES = frozenset(Feature)
-WORKSPACE_BYTES = 32 << 20
-"""Logits that exist at a time on a CPU; where the blocked kernel computes, their memory is kept for the next call."""
+WORKSPACE_BYTES = 50 << 20
+"""Logits that exist at a time on a CPU: every chunk passes over dW, and beside it this is small."""
 WORKSPACE_BYTES_ACCELERATOR = 512 << 20
 MAX_ROWS = 1024
 """More rows in a chunk gain nothing on a CPU."""
@@ -104,7 +104,7 @@ def chunk_rows(rows: int, classes: int, width: int, dtype: torch.dtype, device: 
     accumulator = 0
     if dtype.itemsize == 2:
         accumulator, most = 4 * classes * width, rows
-        workspace *= 2 if device == "cpu" else 1  # every chunk passes over dW, and beside it a larger one is small
+        workspace += workspace // 4 if device == "cpu" else 0  # the matrices beside it are half as large
     size = max(1, classes) * dtype.itemsize
     fits = max(16, min(workspace // size, most))
     without_sum = math.ceil(rows / kernels.direct_chunks(dtype, device))
