@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 BENCHMARK = HERE.parent / "benchmarks" / "loss.py"
 RUNS = {
-    "time_float32": "time --dtypes float32 --implementations naive,default,compile,chunked",
-    "time_bfloat16": "time --dtypes bfloat16 --implementations naive,default,compile,chunked",
+    "time_float32": "time --dtypes float32 --implementations naive,default,compile,chunked --rounds 15",
+    "time_bfloat16": "time --dtypes bfloat16 --implementations naive,default,compile,chunked --rounds 15",
     "time_mixed": "time --dtypes mixed --labelled 1.0,0.15 --implementations naive,default,chunked",
     "time_labelled": "time --labelled 0.15 --implementations naive,default,chunked --rounds 15",
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
@@ -24,7 +24,7 @@ RUNS = {
     "sweep": "sweep",
     "split": "split --labelled 1.0,0.15",
 }
-"""Files of results/, and what fills them: two threads, 9 rounds (15 of few labels)."""
+"""Files of results/, and what fills them: two threads; 15 rounds where there is a goal to reach, else 9."""
 QUICK = ["--shapes", "C", "--rounds", "1"]
 
 
