@@ -156,9 +156,13 @@ def test_types_are_kept_unless_another_is_asked_for(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, state_of(tmp_path / "hf")[name]) for name, tensor in state_of(tmp_path / "again").items())
 
 
-def test_a_distributed_checkpoint_is_a_source(tmp_path: Path) -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["", "written by Python 3.11.2"])
+def test_a_distributed_checkpoint_is_a_source(tmp_path: Path, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
+    if early:
+        monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self.name)))
     folder, config, backbone, head = native_run(tmp_path / "run", "head.bias=false")
     state = {f"state_dict.{p}.{n}": t for p, m in (("backbone", backbone), ("head", head)) for n, t in m.state_dict().items()}
     dcp.save(state | {"optimizer_states.0.step": torch.ones(3), "epoch": 3}, checkpoint_id=tmp_path / "dcp", no_dist=True)

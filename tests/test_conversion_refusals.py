@@ -146,6 +146,11 @@ class Trap:
         return (Path.touch, (self.path,))
 
 
+class Lookup:
+    def __reduce__(self) -> Any:
+        return (getattr, (Path, "touch"))
+
+
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
@@ -162,6 +167,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     dcp.save({"a": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
     (folder / ".metadata").write_bytes(pickle.dumps(Trap(sprung)))
     refused(folder, tmp_path / "out", "which is not part of one; it is not read", ConfigError)
+    (folder / ".metadata").write_bytes(pickle.dumps(Lookup()))
+    refused(folder, tmp_path / "out", "asks for 'touch' of .* which is not part of one; it is not read", ConfigError)
     assert not sprung.exists()
     assert not {"builtins", "os", "posix", "subprocess"} & set(ALLOWED)
 

@@ -49,7 +49,7 @@ MODELS = {
     "adamw_rms": ["objective=causal", "optimizer=adamw_rms", "optimizer.eps=1.0", *CLIPPED],
     "ngpt": ["objective=causal", "backbone=ngpt", "head=normalized", *GRADIENT, *CLIPPED],
 }
-MUON = ["objective=causal", "optimizer=muon", "optimizer.max_grad_norm=null", "trainer.max_steps=3", "trainer.micro_batch_size=4"]
+MUON = ["objective=causal", "optimizer=muon", "optimizer.max_grad_norm=null", "trainer.max_steps=2", "trainer.micro_batch_size=4"]
 """Muon orthogonalises in bf16, which makes rounding large: compared where the gradients are the same to the bit, with two DDP ranks."""
 
 
@@ -114,10 +114,12 @@ def matrix_differences(a: Path, b: Path) -> list[float]:
 
 @pytest.mark.distributed
 def test_sharded_muon_makes_the_updates_of_whole_matrices(sharded: Path) -> None:
-    """To the last bit of bf16 (2^-8 of an update of 1e-2 or two, in each of 3 steps) where rounding tips one, which few matrices see."""
+    """To the last bit of bf16 (2^-8 of an update of 1e-2 or two, in each of 2 steps) where rounding tips one, which few matrices see: a
+    third step would start from weights that differ, and tip others.
+    """
     differences = matrix_differences(sharded / "muon_data", sharded / "muon_fsdp")
     assert differences[len(differences) // 2] < 1e-6
-    assert differences[-1] < 3 * 2e-2 * 2**-8
+    assert differences[-1] < 2 * 2e-2 * 2**-8
 
 
 @pytest.mark.distributed
