@@ -73,3 +73,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses in chunks of 16 rows and blocks of 16 classes, pieces of 5 rows, all of it kept: tiny cases cross every boundary."""
+    from loss_cases import V
+
+    from heads_lightning.losses import chunked, chunked_blocks, chunked_kernels, kept
+
+    monkeypatch.setattr(chunked_blocks, "BLOCK_COLUMNS", 16)
+    monkeypatch.setattr(chunked_kernels, "CACHED_BYTES", 5 * V * 4)
+    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 1)
+    monkeypatch.setattr(kept, "LEAST_BYTES", 1)

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from loss_cases import D, N, V, assert_same, make_case, reference, run
 from torch import Tensor
 
-from heads_lightning import onednn
 from heads_lightning.configs.head import LMLossImplementation
 from heads_lightning.losses import (
     Feature,
     LossOptions,
     Projection,
-    chunked,
-    chunked_blocks,
     chunked_kernels,
-    kept,
     linear_cross_entropy,
     loss_module,
     unavailable,
@@ -33,118 +28,8 @@ from heads_lightning.losses import (
 from heads_lightning.losses.base import report_fallback
 from heads_lightning.registry import ConfigError
 from heads_lightning.testing.base import TOLERANCE, assert_near
-from heads_lightning.testing.losses import reference_logits, reference_loss
 
 HERE = [name.value for name in LMLossImplementation if unavailable(name) is None]
-N, D, V = 41, 16, 101
-
-
-class Case(NamedTuple):
-    """The inputs of one loss."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor
-    weights: Tensor | None
-    class_weights: Tensor | None
-
-
-def make_case(
-    dtype: torch.dtype = torch.float32,
-    *,
-    bias: bool = False,
-    masked: float = 0.3,
-    weights: bool = False,
-    class_weights: bool = False,
-    n: int = N,
-    v: int = V,
-    seed: int = 0,
-) -> Case:
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, D, generator=g).to(dtype)
-    weight = (torch.randn(v, D, generator=g) * 0.5).to(dtype)
-    labels = torch.randint(0, v, (n,), generator=g)
-    labels[torch.rand(n, generator=g) < masked] = -100
-    maths = torch.float64 if dtype == torch.float64 else torch.float32
-    return Case(
-        hidden,
-        weight,
-        torch.randn(v, generator=g).to(dtype) if bias else None,
-        labels,
-        torch.rand(n, generator=g, dtype=maths) if weights else None,
-        torch.rand(v, generator=g, dtype=maths) + 0.5 if class_weights else None,
-    )
-
-
-class Result(NamedTuple):
-    total: Tensor
-    cross_entropy: Tensor
-    z_loss: Tensor
-    correct: Tensor
-    entropy: Tensor
-    grads: dict[str, Tensor]
-
-
-def reference(case: Case, *, reduction: str, z: float, smoothing: float, softcap: float | None, upstream: Tensor | None) -> Result:
-    """The definition in losses/base.py (testing.losses.reference_loss), reduced; gradients by autograd."""
-    leaves = {
-        k: getattr(case, k).detach().double().clone().requires_grad_() for k in ("hidden", "weight", "bias") if getattr(case, k) is not None
-    }
-    logits = reference_logits(leaves["hidden"], Projection(leaves["weight"], leaves.get("bias"), softcap))
-    total, ce, z_loss, hits, entropy = reference_loss(
-        logits, case.labels, z=z, smoothing=smoothing, weights_N=case.weights, classes_V=case.class_weights
-    )
-    if reduction != "none":
-        counted = case.labels[case.labels != -100]
-        targets = len(counted) if case.class_weights is None else float(case.class_weights.double()[counted].sum())
-        divide = targets or 1.0 if reduction == "mean" else 1.0
-        total, ce, z_loss, hits, entropy = total.sum() / divide, ce.sum() / divide, z_loss.sum() / divide, hits.sum(), entropy.sum()
-    total.backward(torch.ones_like(total) if upstream is None else upstream.double())
-    return Result(total.detach(), ce, z_loss, hits, entropy, {k: v.grad for k, v in leaves.items()})
-
-
-def run(implementation: str, case: Case, *, frozen: str = "", upstream: Tensor | None = None, **options: Any) -> Result:
-    leaves = {
-        k: None if getattr(case, k) is None else getattr(case, k).detach().clone().requires_grad_(k != frozen)
-        for k in ("hidden", "weight", "bias")
-    }
-    loss = linear_cross_entropy(
-        leaves["hidden"],
-        leaves["weight"],
-        case.labels,
-        bias=leaves["bias"],
-        weights=case.weights,
-        class_weights=case.class_weights,
-        implementation=implementation,
-        token_metrics=Feature.token_metrics in loss_module(implementation).FEATURES,
-        **options,
-    )
-    loss.total.backward(torch.ones_like(loss.total) if upstream is None else upstream.to(loss.total.dtype))
-    z_loss = torch.zeros_like(loss.total) if loss.z_loss is None else loss.z_loss
-    grads = {k: v.grad for k, v in leaves.items() if v is not None and v.grad is not None}
-    unknown = torch.full_like(loss.total, torch.nan)
-    correct, entropy = (unknown if value is None else value for value in (loss.correct, loss.entropy))
-    return Result(loss.total.detach(), loss.cross_entropy, z_loss, correct, entropy, grads)
-
-
-def assert_same(got: Result, want: Result, tolerance: float, what: object, *, metrics: bool = True) -> None:
-    metrics = metrics and not bool(got.correct.isnan().any())  # NaN: not asked for, as the implementation has none
-    for name in ("total", "cross_entropy", "z_loss", *(("correct", "entropy") if metrics else ())):
-        assert_near(getattr(got, name), getattr(want, name), tolerance, (what, name))
-    for name, grad in got.grads.items():
-        assert_near(grad, want.grads[name], tolerance, (what, "gradient of", name))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 rows and blocks of 16 classes, so that tiny cases cross every boundary."""
-    monkeypatch.setattr(chunked_blocks, "BLOCK_COLUMNS", 16)
-    monkeypatch.setattr(chunked_kernels, "CACHED_BYTES", 5 * V * 4)
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 1)
-    monkeypatch.setattr(kept, "LEAST_BYTES", 1)
-
-
 GRID = list(
     itertools.product(
         ("mean", "sum", "none"), (0.0, 1e-2), (0.0, 0.1), (None, 3.0), (False, True), (False, True), (False, True), (0.0, 0.3)
@@ -351,85 +236,6 @@ def test_no_gradient_is_formed_without_grad_mode(implementation: str, monkeypatc
         loss = linear_cross_entropy(case.hidden, case.weight.requires_grad_(), case.labels, implementation=implementation)
     assert not loss.total.requires_grad
     assert not any(formed)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 70),
-    v=st.integers(2, 70),
-    block=st.sampled_from([8, 16, 2048]),
-    rows=st.sampled_from([1, 1 << 20]),
-    seed=st.integers(0, 99),
-)
-def test_chunks_and_blocks_of_any_size_agree(n: int, v: int, block: int, rows: int, seed: int) -> None:
-    """In fp64: the gradient of a bias over two classes may cancel to a thousandth of its terms."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked_blocks, "BLOCK_COLUMNS", block)
-        patch.setattr(chunked, "WORKSPACE_BYTES", rows)
-        case = make_case(torch.float64, n=n, v=v, seed=seed, bias=seed % 2 == 0, weights=seed % 3 == 0)
-        want = reference(case, reduction="mean", z=1e-3, smoothing=0.1, softcap=None, upstream=None)
-        assert_same(run("chunked", case, z_loss_multiplier=1e-3, label_smoothing=0.1), want, 1e-11, (n, v))
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("few", [1, chunked_kernels.FEW_CHUNKS])
-def test_bf16_weight_gradients_are_as_exact_over_chunks_as_in_one(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four chunks, dW added up in bf16 or in fp32: within half as much again of what one chunk leaves by rounding."""
-    case = make_case(torch.bfloat16, n=64, masked=0.0)
-    want = reference(case, reduction="mean", z=0.0, smoothing=0.0, softcap=None, upstream=None).grads["weight"]
-    monkeypatch.setattr(chunked_kernels, "FEW_CHUNKS", few)
-
-    def error(workspace: int) -> float:
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", workspace)
-        return float((run("chunked", case).grads["weight"].double() - want).norm() / want.norm())
-
-    assert error(1) < 1.5 * error(1 << 20)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_gradients_rounded_in_passing_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(torch.bfloat16, weights=True)
-    monkeypatch.setattr(chunked_kernels, "rounds_in_passing", lambda device: True)
-    want = reference(case, reduction="mean", z=1e-2, smoothing=0.0, softcap=None, upstream=None)
-    assert_same(run("chunked", case, z_loss_multiplier=1e-2), want, TOLERANCE[torch.bfloat16], "one pass", metrics=False)
-
-
-@pytest.mark.usefixtures("small_chunks")
-def test_a_confident_model_keeps_its_small_gradients() -> None:
-    """softmax − one-hot cancels when the label is nearly certain; and a label in an improbable block must not overflow."""
-    case = make_case(masked=0.0)
-    likely = case.weight.double() @ case.hidden.double().t()
-    for labels, scale in ((likely.argmax(0), 8.0), (likely.argmin(0), 60.0)):
-        sharp = case._replace(labels=labels, hidden=case.hidden * scale)
-        want = reference(sharp, reduction="sum", z=0.0, smoothing=0.0, softcap=None, upstream=None)
-        got = run("chunked", sharp, reduction="sum")
-        assert_near(got.total, want.total, 1e-4, "loss")
-        for name in ("hidden", "weight"):
-            assert_near(got.grads[name], want.grads[name], 1e-4, name)
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)], ids=str)
-def test_a_label_too_improbable_for_its_probability_to_tell_the_normaliser(dtype: torch.dtype, tolerance: float, bias: bool) -> None:
-    """Logits of ±128, exact in either type: e⁻²⁵⁶ is zero in fp32. The losses are those of the logits all the same."""
-    case = make_case(dtype, bias=bias, masked=0.0)
-    case = case._replace(weight=case.weight.sign(), hidden=128 * torch.eye(D, dtype=dtype)[torch.arange(N) % D])
-    worst = case._replace(labels=(case.hidden @ case.weight.t()).argmin(1))
-    want, got = reference(worst, reduction="mean", z=0.0, smoothing=0.0, softcap=None, upstream=None), run("chunked", worst)
-    assert float(want.total) > 250
-    assert_near(got.total, want.total, 1e-6, "loss")
-    for name, grad in got.grads.items():
-        assert_near(grad, want.grads[name], tolerance, ("gradient of", name))
-
-
-def test_large_fp32_products_by_either_library_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(n=300, v=5003, bias=True)
-    want = reference(case, reduction="mean", z=1e-3, smoothing=0.1, softcap=None, upstream=None)
-    monkeypatch.setattr(chunked, "PROBE_FLOP", 0)
-    for wins in (True, False):
-        monkeypatch.setattr(onednn, "is_faster", lambda wins=wins: wins)
-        assert_same(run("chunked", case, z_loss_multiplier=1e-3, label_smoothing=0.1), want, 1e-5, wins)
 
 
 def test_what_an_implementation_lacks_falls_back_visibly_once(caplog: pytest.LogCaptureFixture) -> None:
