@@ -6,10 +6,10 @@
     python experiments/benchmarks/loss.py split                     # where the time of chunked goes, in shares of the limit
     python experiments/benchmarks/loss.py gpu                       # the GPU table; needs one
 
-Times: all implementations once per round, in one process, in turn; the median over rounds of each round's ratio, so that other work on the
-machine falls on all alike. With one thread CPU time is used, with more wall time. limit = three products of 2·N·d·V operations each (N:
-rows with a target) at the best rate that any library reaches here for that type. Memory: peak resident size of one step beyond dX and dW,
-in fresh processes. `--json FILE` keeps the numbers.
+Times: all implementations once per round, in one process, in an order drawn anew; the median over rounds of each round's ratio, so that
+other work on the machine falls on all alike, and none always finds the caches as the same other left them. With one thread CPU time is
+used, with more wall time. limit = three products of 2·N·d·V operations each (N: rows with a target) at the best rate that any library
+reaches here for that type. Memory: peak resident size of one step beyond dX and dW, in fresh processes. `--json FILE` keeps the numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import ctypes
 import gc
 import json
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -126,21 +127,21 @@ def products(x: Tensor, w: Tensor, rows: int) -> dict[str, tuple[Step, float]]:
     return result
 
 
-def rounds(runs: dict[str, tuple[Step, float]], count: int, threads: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every run in every round."""
+def rounds(runs: dict[str, tuple[Step, float]], count: int, threads: int, seconds: float, at_least: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of every run in every round: `count` rounds, more until `at_least` seconds are over, none begun after `seconds`."""
+    draw = random.Random(0)
     clock = time.process_time if threads == 1 else time.perf_counter
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run, _ in runs.values():
         run()
-    until = time.monotonic() + seconds
-    for _ in range(count):
-        for name, (run, scale) in runs.items():
+    number, begun = 0, time.monotonic()
+    while (passed := time.monotonic() - begun) <= seconds and (number < count or passed < at_least):
+        number += 1
+        for name, (run, scale) in draw.sample(list(runs.items()), len(runs)):
             gc.collect()
             start = clock()
             run()
             taken[name].append((clock() - start) * scale)
-        if time.monotonic() > until:
-            break
     return taken
 
 
@@ -168,7 +169,7 @@ def time_shape(name: str, dtype: str, labelled: float, options: argparse.Namespa
             whole_step(loss, x, w)
 
     contenders = {k: (partial(run, f), 1.0) for k, f in losses(x, w, labels, options.implementations.split(",")).items()}
-    taken = rounds({**contenders, **limits}, options.rounds, options.threads, options.seconds)
+    taken = rounds({**contenders, **limits}, options.rounds, options.threads, options.seconds, options.at_least)
     best = min(limits, key=lambda k: statistics.median(taken[k]))
     rows = int((labels != -100).sum())
     gflop = 6 * rows * SHAPES[name][1] * SHAPES[name][2] / 1e9
@@ -365,6 +366,7 @@ def main() -> None:
     parser.add_argument("--implementations", default="default,chunked")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--at-least", type=float, default=0.0, help="seconds of a cell until which rounds go on")
     parser.add_argument("--seconds", type=float, default=180.0, help="of a cell, after which no round begins")
     parser.add_argument("--json", default="")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)

@@ -14,18 +14,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BENCHMARK = HERE.parent / "benchmarks" / "loss.py"
+LONG = "--rounds 15 --at-least 45"
 RUNS = {
-    "time_float32": "time --dtypes float32 --implementations naive,default,compile,chunked --rounds 15",
-    "time_bfloat16": "time --dtypes bfloat16 --implementations naive,default,compile,chunked --rounds 15",
+    "time_float32": f"time --dtypes float32 --implementations naive,default,compile,chunked {LONG}",
+    "time_bfloat16": f"time --dtypes bfloat16 --implementations naive,default,compile,chunked {LONG}",
     "time_mixed": "time --dtypes mixed --labelled 1.0,0.15 --implementations naive,default,chunked",
-    "time_labelled": "time --labelled 0.15 --implementations naive,default,chunked --rounds 15",
+    "time_labelled": f"time --labelled 0.15 --implementations naive,default,chunked {LONG}",
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
     "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
     "sweep": "sweep",
     "split": "split --labelled 1.0,0.15",
 }
-"""Files of results/, and what fills them: two threads; 15 rounds where there is a goal to reach, else 9."""
-QUICK = ["--shapes", "C", "--rounds", "1"]
+"""Files of results/, and what fills them: two threads; at least 15 rounds and 45 seconds where there is a goal to reach, else 9 rounds."""
+QUICK = ["--shapes", "C", "--rounds", "1", "--at-least", "0"]
 
 
 def main(quick: bool) -> None:

@@ -22,7 +22,6 @@ from heads_lightning.losses.default import logits_loss_sum
 from heads_lightning.losses.targets import (
     Reduction,
     Rows,
-    check_labels,
     check_reduction,
     divisor,
     expected_grad,
@@ -236,9 +235,7 @@ class LMHead(Head):
         assert kept.labels is not None
         check_reduction(loss_reduction)
         whole = isinstance(logits_to_keep, int) and (logits_to_keep == 0 or logits_to_keep >= x.shape[1])
-        check_labels(kept.labels, self.vocab_size, ignore_index)
-        weights_M = None if kept.weights is None else kept.weights.reshape(-1)
-        rows = select_rows(kept.labels.reshape(-1), weights_M, ignore_index, num_targets if whole else None)
+        rows = select_rows(kept.labels, kept.weights, self.vocab_size, ignore_index, num_targets if whole else None)
         divided_by = divisor(loss_reduction, rows, ignore_index, class_weights, loss_div_factor)
         options = LossOptions(
             ignore_index=ignore_index,

@@ -13,7 +13,7 @@ from torch import Tensor
 from heads_lightning.batch import IGNORE
 from heads_lightning.configs.head import LMLossImplementation
 from heads_lightning.losses.base import Feature, LossImplementation, LossOptions, LossSum, Projection, VocabShard
-from heads_lightning.losses.targets import Reduction, check_labels, check_reduction, divisor, expected_grad, reduce_loss, select_rows
+from heads_lightning.losses.targets import Reduction, check_reduction, divisor, expected_grad, reduce_loss, select_rows
 from heads_lightning.registry import ConfigError
 
 __all__ = [
@@ -107,8 +107,7 @@ def linear_cross_entropy(
     check_reduction(reduction)
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"labels {list(labels.shape)} and weight {list(weight.shape)} do not fit hidden states {list(hidden.shape)}")
-    check_labels(labels, projection.classes, ignore_index)
-    rows = select_rows(labels.reshape(-1), None if weights is None else weights.reshape(-1), ignore_index, num_targets)
+    rows = select_rows(labels, weights, projection.classes, ignore_index, num_targets)
     divided_by = divisor(reduction, rows, ignore_index, class_weights, div_factor)
     options = LossOptions(
         ignore_index=ignore_index,

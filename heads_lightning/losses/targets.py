@@ -53,8 +53,7 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """
     if labels.is_meta:
         return
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise ValueError(f"labels are ids of classes, whole numbers, and not {labels.dtype}")
+    _check_type(labels)
     outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if torch.compiler.is_compiling() or labels.device.type == "cuda":
         torch._assert_async(~outside.any(), f"a label is outside 0..{num_classes - 1} and is not ignore_index={ignore_index}")
@@ -67,44 +66,61 @@ def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def select_rows(labels_M: Tensor, weights_M: Tensor | None, ignore_index: int, num_targets: int | None = None) -> Rows:
-    """The rows that have a target.
+def _check_type(labels: Tensor) -> None:
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise ValueError(f"labels are ids of classes, whole numbers, and not {labels.dtype}")
+
+
+def select_rows(labels: Tensor, weights: Tensor | None, num_classes: int, ignore_index: int, num_targets: int | None = None) -> Rows:
+    """The rows that have a target, of labels and weights [...]; labels are checked, see check_labels.
 
     Under torch.compile their number is static: `num_targets` rounded up; without `num_targets` there, all rows stay and are masked later.
     """
+    _check_type(labels)
+    compiling = torch.compiler.is_compiling()
+    select = _static_rows if compiling else _rows
+    rows = select(labels.reshape(-1).long(), None if weights is None else weights.reshape(-1), ignore_index, num_targets)
+    on_host = rows.all_targets and labels.device.type == "cpu" and not compiling
+    if not (on_host and _in_range(rows.labels_N, num_classes)):
+        check_labels(labels, num_classes, ignore_index)
+    return rows
+
+
+def _in_range(labels_N: Tensor, num_classes: int) -> bool:
+    if not labels_N.numel():
+        return True
+    least, most = labels_N.aminmax()
+    return int(least) >= 0 and int(most) < num_classes
+
+
+def _static_rows(labels_M: Tensor, weights_M: Tensor | None, ignore_index: int, num_targets: int | None) -> Rows:
     positions = labels_M.shape[0]
-    labels_M = labels_M.long()
     everything = Rows(None, labels_M, weights_M, num_targets, all_targets=False)
+    size = positions if num_targets is None else (num_targets + STATIC_ROWS - 1) // STATIC_ROWS * STATIC_ROWS
+    if size >= positions:
+        return everything
+    index_N = torch.nonzero_static(labels_M != ignore_index, size=size, fill_value=-1).squeeze(1)
+    rows = everything._replace(index_N=index_N)
+    return rows._replace(
+        labels_N=torch.where(index_N < 0, ignore_index, rows.select(labels_M)),
+        weights_N=None if weights_M is None else rows.select(weights_M),
+    )
+
+
+def _rows(labels_M: Tensor, weights_M: Tensor | None, ignore_index: int, num_targets: int | None) -> Rows:
+    """num_targets is taken at its word for shapes where the number would have to be waited for, so it must be true."""
     valid_M = labels_M != ignore_index
-    if torch.compiler.is_compiling():
-        size = positions if num_targets is None else (num_targets + STATIC_ROWS - 1) // STATIC_ROWS * STATIC_ROWS
-        if size >= positions:
-            return everything
-        index_N = torch.nonzero_static(valid_M, size=size, fill_value=-1).squeeze(1)
-        rows = everything._replace(index_N=index_N)
-        return rows._replace(
-            labels_N=torch.where(index_N < 0, ignore_index, rows.select(labels_M)),
-            weights_N=None if weights_M is None else rows.select(weights_M),
-        )
-    if num_targets is not None and labels_M.device.type in ("cpu", "cuda"):
-        _check_count(valid_M, num_targets)
-        if num_targets == positions:
-            return everything._replace(all_targets=True)
+    if num_targets is not None and labels_M.device.type == "cuda":
+        torch._assert_async(valid_M.sum() == num_targets, f"num_targets={num_targets} is not the number of targets")
         index_N = torch.nonzero_static(valid_M, size=num_targets).squeeze(1)
     else:
         index_N = valid_M.nonzero().squeeze(1)
-        if index_N.shape[0] == positions:
-            return everything._replace(num_targets=positions, all_targets=True)
-    rows = Rows(index_N, labels_M, None, index_N.shape[0], all_targets=True)
+        if num_targets not in (None, index_N.shape[0]):
+            raise ValueError(f"num_targets={num_targets}, but {index_N.shape[0]} labels are not ignore_index")
+    rows = Rows(index_N, labels_M, weights_M, index_N.shape[0], all_targets=True)
+    if rows.num_targets == labels_M.shape[0]:
+        return rows._replace(index_N=None)
     return rows._replace(labels_N=rows.select(labels_M), weights_N=None if weights_M is None else rows.select(weights_M))
-
-
-def _check_count(valid_M: Tensor, num_targets: int) -> None:
-    """num_targets is taken at its word for shapes, so it must be true."""
-    if valid_M.device.type == "cuda":
-        torch._assert_async(valid_M.sum() == num_targets, f"num_targets={num_targets} is not the number of targets")
-    elif int(valid_M.sum()) != num_targets:
-        raise ValueError(f"num_targets={num_targets}, but {int(valid_M.sum())} labels are not ignore_index")
 
 
 def check_reduction(reduction: str) -> None:
