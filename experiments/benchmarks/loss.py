@@ -137,8 +137,8 @@ def rounds(runs: dict[str, tuple[Step, float]], count: int, threads: int, second
     number, begun = 0, time.monotonic()
     while (passed := time.monotonic() - begun) <= seconds and (number < count or passed < at_least):
         number += 1
+        gc.collect()
         for name, (run, scale) in draw.sample(list(runs.items()), len(runs)):
-            gc.collect()
             start = clock()
             run()
             taken[name].append((clock() - start) * scale)
