@@ -134,14 +134,16 @@ def rounds(runs: dict[str, tuple[Step, float]], count: int, threads: int, second
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for run, _ in runs.values():
         run()
+    gc.collect()  # and not again: it leaves cold caches for whoever comes next
+    gc.disable()
     number, begun = 0, time.monotonic()
     while (passed := time.monotonic() - begun) <= seconds and (number < count or passed < at_least):
         number += 1
-        gc.collect()
         for name, (run, scale) in draw.sample(list(runs.items()), len(runs)):
             start = clock()
             run()
             taken[name].append((clock() - start) * scale)
+    gc.enable()
     return taken
 
 

@@ -22,10 +22,11 @@ RUNS = {
     "time_labelled": f"time --labelled 0.15 --implementations naive,default,chunked {LONG}",
     "memory": "memory --shapes A,C --implementations naive,default,chunked",
     "memory_labelled": "memory --shapes A --labelled 0.15 --implementations naive,default,chunked",
-    "sweep": "sweep",
+    "sweep": "sweep --rounds 30",
     "split": "split --labelled 1.0,0.15",
 }
-"""Files of results/, and what fills them: two threads; at least 15 rounds and 45 seconds where there is a goal to reach, else 9 rounds."""
+"""Files of results/, and what fills them: two threads; at least 15 rounds and 45 seconds where there is a goal to reach, else 9 rounds, of
+the small shapes 30."""
 QUICK = ["--shapes", "C", "--rounds", "1", "--at-least", "0"]
 
 
