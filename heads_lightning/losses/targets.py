@@ -77,11 +77,10 @@ def select_rows(labels: Tensor, weights: Tensor | None, num_classes: int, ignore
     Under torch.compile their number is static: `num_targets` rounded up; without `num_targets` there, all rows stay and are masked later.
     """
     _check_type(labels)
-    compiling = torch.compiler.is_compiling()
-    select = _static_rows if compiling else _rows
+    select = _static_rows if torch.compiler.is_compiling() else _rows
     rows = select(labels.reshape(-1).long(), None if weights is None else weights.reshape(-1), ignore_index, num_targets)
-    on_host = rows.all_targets and labels.device.type == "cpu" and not compiling
-    if not (on_host and _in_range(rows.labels_N, num_classes)):
+    looked_at = rows.all_targets and labels.device.type == "cpu" and _in_range(rows.labels_N, num_classes)
+    if not looked_at:
         check_labels(labels, num_classes, ignore_index)
     return rows
 
@@ -110,16 +109,19 @@ def _static_rows(labels_M: Tensor, weights_M: Tensor | None, ignore_index: int, 
 def _rows(labels_M: Tensor, weights_M: Tensor | None, ignore_index: int, num_targets: int | None) -> Rows:
     """num_targets is taken at its word for shapes where the number would have to be waited for, so it must be true."""
     valid_M = labels_M != ignore_index
+    everything = Rows(None, labels_M, weights_M, labels_M.shape[0], all_targets=True)
     if num_targets is not None and labels_M.device.type == "cuda":
         torch._assert_async(valid_M.sum() == num_targets, f"num_targets={num_targets} is not the number of targets")
+        if num_targets == everything.num_targets:
+            return everything
         index_N = torch.nonzero_static(valid_M, size=num_targets).squeeze(1)
     else:
         index_N = valid_M.nonzero().squeeze(1)
         if num_targets not in (None, index_N.shape[0]):
             raise ValueError(f"num_targets={num_targets}, but {index_N.shape[0]} labels are not ignore_index")
-    rows = Rows(index_N, labels_M, weights_M, index_N.shape[0], all_targets=True)
-    if rows.num_targets == labels_M.shape[0]:
-        return rows._replace(index_N=None)
+    if index_N.shape[0] == everything.num_targets:
+        return everything
+    rows = everything._replace(index_N=index_N, num_targets=index_N.shape[0])
     return rows._replace(labels_N=rows.select(labels_M), weights_N=None if weights_M is None else rows.select(weights_M))
 
 
